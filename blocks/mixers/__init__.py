@@ -1,0 +1,1 @@
+"""Token mixers, one mechanism and one public class per file; the file name is the registry key."""

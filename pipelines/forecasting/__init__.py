@@ -1,0 +1,1 @@
+"""Forecasting: tables of series in, forecasts with intervals out."""
