@@ -27,7 +27,7 @@ _HOME = {
     "save_model": "zoo",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the keys are strings
 
 if TYPE_CHECKING:
     from .blocks.backbone import Backbone as Backbone
