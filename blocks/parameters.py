@@ -6,15 +6,20 @@ from typing import Any
 
 from torch import nn
 
-_TAG = "_seqzoo_optim"
+_TAGS = "_seqzoo_optimizer_tags"
 
 
 def tag_parameter(
-    parameter: nn.Parameter, *, weight_decay: float | None = None, max_lr: float | None = None
-) -> nn.Parameter:
-    """Mark a parameter: weight_decay replaces the optimiser's, max_lr caps its learning rate. Returns it."""
-    setattr(parameter, _TAG, {"weight_decay": weight_decay, "max_lr": max_lr})
-    return parameter
+    module: nn.Module, name: str, *, weight_decay: float | None = None, max_lr: float | None = None
+) -> None:
+    """Mark the parameter `name` of `module`: weight_decay replaces the optimiser's, max_lr caps its learning rate.
+
+    The tag is kept by the module, not by the parameter, so that copies and moves keep it. Raises ValueError when the
+    module has no such parameter of its own.
+    """
+    if name not in module._parameters:
+        raise ValueError(f"{type(module).__name__} has no parameter {name!r} of its own to tag")
+    module.__dict__.setdefault(_TAGS, {})[name] = {"weight_decay": weight_decay, "max_lr": max_lr}
 
 
 def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -22,12 +27,18 @@ def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float) -> li
 
     Vectors and scalars (biases, norms) and embedding tables get no weight decay; tags (`tag_parameter`) come first.
     """
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    tags: dict[int, dict[str, float | None]] = {}
+    tables = set()
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            tables.add(id(part.weight))
+        for name, tag in getattr(part, _TAGS, {}).items():
+            tags[id(getattr(part, name))] = tag
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
-        tag = getattr(parameter, _TAG, {})
+        tag = tags.get(id(parameter), {})
         decay, cap = tag.get("weight_decay"), tag.get("max_lr")
         if decay is None:
             decay = 0.0 if parameter.dim() < 2 or id(parameter) in tables else weight_decay

@@ -32,9 +32,12 @@ class MixerOutput(NamedTuple):
 
 def pattern_name(causal: bool, cross: bool) -> str:
     """The name of the attention pattern: self, causal, cross or causal-cross."""
-    return {(False, False): "self", (True, False): "causal", (False, True): "cross", (True, True): "causal-cross"}[
-        (bool(causal), bool(cross))
-    ]
+    return {
+        (False, False): "self",
+        (True, False): "causal",
+        (False, True): "cross",
+        (True, True): "causal-cross",
+    }[(bool(causal), bool(cross))]
 
 
 class Mixer(nn.Module):
@@ -47,6 +50,8 @@ class Mixer(nn.Module):
     - causal: output n depends on positions up to n only, with every decision it takes.
     - cross: keys and values come from `context`, all of it visible; causal-cross: output n depends on x_1..x_n and on
       all of the context.
+    - `smooth` says that small changes of the input make small changes of the output; a mixer that selects tokens by
+      rank sets it to False, and the suite then compares neither numeric gradients nor precisions.
     - `exact` says that the past is bitwise independent of the future; a form whose rounding mixes positions (an FFT)
       sets it to False, and the suite then allows rounding, no more.
     """
@@ -55,6 +60,7 @@ class Mixer(nn.Module):
     streaming: ClassVar[bool] = False
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     exact: bool = True
+    smooth: bool = True
 
     def __init__(self, dim: int, *, causal: bool = False, cross: bool = False) -> None:
         super().__init__()
@@ -131,15 +137,14 @@ class Mixer(nn.Module):
         batch, length = x.shape[:2]
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, length)):
             raise ValueError(
-                f"{name}: mask is {mask.dtype} {tuple(mask.shape)}, expected bool ({batch}, {length}), True = real token"
+                f"{name}: mask is {mask.dtype} {tuple(mask.shape)}, expected bool ({batch}, {length}), "
+                "True = real token"
             )
         if self.cross:
             if context is None:
                 raise ValueError(f"{name}: the pattern {self.pattern!r} needs a context")
             if context.dim() != 3 or context.shape[0] != batch or context.shape[2] != self.dim:
-                raise ValueError(
-                    f"{name}: context has shape {tuple(context.shape)}, expected ({batch}, S, {self.dim})"
-                )
+                raise ValueError(f"{name}: context has shape {tuple(context.shape)}, expected ({batch}, S, {self.dim})")
             if context_mask is not None and (
                 context_mask.dtype != torch.bool or context_mask.shape != context.shape[:2]
             ):
@@ -170,7 +175,7 @@ def map_state(function: Any, *states: StateT) -> StateT:
     if first is None:
         return None  # type: ignore[return-value]
     if isinstance(first, tuple):
-        parts = [map_state(function, *group) for group in zip(*states, strict=True)]  # type: ignore[call-overload]
+        parts = [map_state(function, *group) for group in zip(*states, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)  # type: ignore[return-value]
     raise TypeError(f"a state holds tensors, None and (named) tuples, not {type(first).__name__}")
 

@@ -95,9 +95,7 @@ def list_mixers(*, pattern: str | None = None, streaming: bool | None = None) ->
     )
 
 
-def create_mixer(
-    mixer: str | dict[str, Any] | type[Mixer] | Callable[..., Mixer], dim: int, **options: Any
-) -> Mixer:
+def create_mixer(mixer: str | dict[str, Any] | type[Mixer] | Callable[..., Mixer], dim: int, **options: Any) -> Mixer:
     """Build a mixer of width `dim` from a name, `{"name": ..., **options}`, a `Mixer` subclass or any factory.
 
     Raises ValueError for an unknown name, option or pattern, naming the nearest valid choices.

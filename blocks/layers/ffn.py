@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..registry import did_you_mean
+from .projections import reset_linear
 
 
 def _hidden_width(dim: int, mlp_ratio: float, multiple_of: int) -> int:
@@ -17,15 +18,17 @@ def _hidden_width(dim: int, mlp_ratio: float, multiple_of: int) -> int:
         raise ValueError(f"mlp_ratio={mlp_ratio!r} must be positive")
     if multiple_of < 1:
         raise ValueError(f"multiple_of={multiple_of!r} must be a positive integer")
-    # Rounded down to a whole channel (as x-transformers and timm do), then up to the multiple (as Llama does).
-    return max(1, math.ceil(int(dim * mlp_ratio) / multiple_of)) * multiple_of
+    # Rounded down to a whole channel (as x-transformers and timm do), then up to the multiple (as Llama
+    # does).
+    hidden = int(dim * mlp_ratio + 1e-6)  # 1e-6: a ratio such as 8/3 must not lose a channel to its own rounding
+    return max(1, math.ceil(hidden / multiple_of)) * multiple_of
 
 
 class GeluMLP(nn.Module):
     """Two-layer perceptron (arXiv:1706.03762 with the GELU of arXiv:1606.08415): y = W2 gelu(W1 x + b1) + b2.
 
-    dim: channels in and out. mlp_ratio: hidden channels per channel (dim * mlp_ratio, rounded down). drop: dropout
-    after the activation and after the output. bias: on both layers. GELU is the exact one (erf).
+    dim: channels in and out. mlp_ratio: hidden channels per channel (dim * mlp_ratio, rounded down). drop:
+    dropout after the activation and after the output. bias: on both layers. GELU is the exact one (erf).
     Weights are Xavier-uniform, biases zero. Raises ValueError for a ratio that is not positive.
     """
 
@@ -44,7 +47,7 @@ class GeluMLP(nn.Module):
         self.up_proj = nn.Linear(dim, hidden, bias=bias, device=device, dtype=dtype)
         self.down_proj = nn.Linear(hidden, dim, bias=bias, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
-        _reset(self)
+        reset_linear(self.up_proj, self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.down_proj(self.drop(F.gelu(self.up_proj(x)))))
@@ -54,9 +57,9 @@ class SwiGLU(nn.Module):
     """Gated feed-forward (arXiv:2002.05202, eq. 6): y = W_down (silu(W_gate x) * W_up x).
 
     dim: channels in and out. mlp_ratio: hidden channels per channel; 8/3 has as many weights as GeluMLP at 4.
-    multiple_of: the hidden width is rounded up to a multiple of it (256 in Llama). drop: dropout after the gate and
-    after the output. bias: on the three layers. Weights are Xavier-uniform, biases zero.
-    Raises ValueError for a ratio or a multiple that is not positive.
+    multiple_of: the hidden width is rounded up to a multiple of it (256 in Llama). drop: dropout after the
+    gate and after the output. bias: on the three layers. Weights are Xavier-uniform, biases zero. Raises
+    ValueError for a ratio or a multiple that is not positive.
     """
 
     def __init__(
@@ -76,18 +79,10 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(dim, hidden, bias=bias, device=device, dtype=dtype)
         self.down_proj = nn.Linear(hidden, dim, bias=bias, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
-        _reset(self)
+        reset_linear(self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.down_proj(self.drop(F.silu(self.gate_proj(x)) * self.up_proj(x))))
-
-
-def _reset(module: nn.Module) -> None:
-    for layer in module.children():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 FFNS: dict[str, Callable[..., nn.Module]] = {"gelu": GeluMLP, "swiglu": SwiGLU}
@@ -98,8 +93,8 @@ def create_ffn(
 ) -> nn.Module | None:
     """Build a feed-forward layer of width `dim`; None for "none" and None, a block without one.
 
-    ffn: "gelu", "swiglu", "none", None, or a class or factory called as `ffn(dim[, mlp_ratio=], drop=)`. mlp_ratio None
-    keeps the default of the layer. Raises ValueError for an unknown name.
+    ffn: "gelu", "swiglu", "none", None, or a class or factory called as `ffn(dim[, mlp_ratio=], drop=)`.
+    mlp_ratio None keeps the default of the layer. Raises ValueError for an unknown name.
     """
     if ffn is None or ffn == "none":
         return None

@@ -12,7 +12,7 @@ from ..registry import did_you_mean
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (arXiv:1607.06450): y = (x - mean) / sqrt(var + eps) * weight + bias, over the last axis.
+    """Layer normalisation of the last axis (arXiv:1607.06450): (x - mean) / sqrt(var + eps) * weight + bias.
 
     Statistics are taken in float32 whatever the dtype of x; the result has the dtype of x.
     dim: channels. eps: added to the variance.
@@ -32,8 +32,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernels of torch keep their sums in float32 for half types. With weights of another dtype than x (autocast
-        # over float32 weights) they refuse or change the dtype, so that case is cast by hand.
+        # The kernels of torch keep their sums in float32 for half types. With weights of another dtype than x
+        # (autocast over float32 weights) they refuse or change the dtype, so that case is cast by hand.
         if x.dtype == self.weight.dtype:
             return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
         wide = torch.promote_types(x.dtype, self.weight.dtype)
@@ -45,7 +45,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv:1910.07467): y = x / sqrt(mean(x^2) + eps) * weight, over the last axis.
+    """Root-mean-square normalisation of the last axis (arXiv:1910.07467): x / sqrt(mean(x^2) + eps) * weight.
 
     The mean square is taken in float32 (float64 for float64 input); the result has the dtype of x.
     dim: channels. eps: added to the mean square.
@@ -75,7 +75,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": LayerNorm, "rmsnorm":
 
 
 def create_norm(norm: str | Callable[..., nn.Module], dim: int, eps: float | None = None) -> nn.Module:
-    """Build a norm of width `dim` from "layernorm", "rmsnorm" or any class or factory called as `norm(dim[, eps=])`.
+    """Build a norm of width `dim` from "layernorm", "rmsnorm" or a factory called as `norm(dim[, eps=])`.
 
     eps None keeps the default of the norm. Raises ValueError for an unknown name.
     """

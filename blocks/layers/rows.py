@@ -1,0 +1,56 @@
+"""Rows whose real tokens come first: padded batches and packed sequences brought to that form, and back.
+
+In such rows causality hides the pads by itself, and distance in the row is distance in position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Entries of each row: x (B, S, ...), index int64 (B, M), gives (B, M, ...)."""
+    if x.shape[1] == 0:
+        return x.new_zeros(*index.shape, *x.shape[2:])
+    index = index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def rank_order(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How to bring the real tokens of each row to its front, in order, and back.
+
+    mask: bool (B, L). Returns order (B, L), with which `take` sorts; back (B, L), with which `take` restores;
+    and the number of real tokens (B,). All int64.
+    """
+    real = mask.long().cumsum(1)
+    number = real[:, -1] if mask.shape[1] else real.sum(1)
+    back = torch.where(mask, real - 1, number.unsqueeze(1) + (~mask).long().cumsum(1) - 1)
+    place = torch.arange(mask.shape[1], device=mask.device).expand_as(back)
+    return torch.empty_like(back).scatter_(1, back, place), back, number
+
+
+def packed_groups(cu_seqlens: Tensor, length: int, *, together: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """How to lay out sequences that are packed into one row of `length` tokens, in groups of similar length.
+
+    cu_seqlens: (N+1,), their bounds. together: all N in one group, in order, as a state has them. Otherwise
+    the longest of a group is less than twice the shortest, so padding stays under half however uneven they
+    are. Yields, per group, the place of each token in the packed row, int64 (B, L), and whether there is one,
+    bool (B, L). Raises ValueError for bounds that do not rise from 0 to length.
+    """
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if not lengths or bounds[0] != 0 or bounds[-1] != length or min(lengths) < 0:
+        raise ValueError(f"cu_seqlens={bounds} must rise from 0 to the length of x, {length}")
+    groups: dict[int, list[int]] = {}
+    for sequence, size in enumerate(lengths):
+        groups.setdefault(0 if together else size.bit_length(), []).append(sequence)
+    for members in groups.values():
+        start = torch.tensor([bounds[m] for m in members], device=cu_seqlens.device).unsqueeze(1)
+        size = torch.tensor([lengths[m] for m in members], device=cu_seqlens.device).unsqueeze(1)
+        step = torch.arange(max(lengths[m] for m in members), device=cu_seqlens.device)
+        valid = step < size
+        yield torch.where(valid, start + step, 0), valid
