@@ -1,0 +1,63 @@
+"""Softmax attention through torch's scaled_dot_product_attention, in forms its fused kernels take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def softmax_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    drop: float,
+) -> Tensor:
+    """See `softmax_attention`, which checks the arguments."""
+    length, source, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    width = v.shape[-1]
+    if causal and (mask is not None or bias is not None or length != source):
+        # SDPA's own causal mode excludes a mask and aligns the first query, not the last, with the first key.
+        order = torch.ones(length, source, dtype=torch.bool, device=q.device).tril(source - length)
+        mask, causal = order if mask is None else mask & order, False
+    seeing = None
+    if mask is not None:
+        # What SDPA gives for a row without a visible key differs by version and kernel: such rows see all,
+        # then get 0.
+        seeing = mask.any(-1, keepdim=True)
+        mask = mask | ~seeing
+    attn_mask = mask if bias is None else bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(q.dtype)
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    if width < q.shape[-1]:  # the fused kernels want one width
+        v = F.pad(v, (0, q.shape[-1] - width))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    folded = heads != kv_heads and length == 1
+    if folded:
+        # One step of decoding: the heads of a group become rows of one product, and the cache is read once,
+        # not copied.
+        q = q.reshape(q.shape[0], kv_heads, heads // kv_heads, q.shape[-1])
+        causal = False
+        if attn_mask is not None and attn_mask.shape[1] > 1:
+            attn_mask = attn_mask.reshape(attn_mask.shape[0], kv_heads, heads // kv_heads, source)
+    # With a mask the kernels of an accelerator know no groups, and torch would fall back to the full score
+    # matrix.
+    grouped = heads != kv_heads and not folded
+    if grouped and attn_mask is not None and q.device.type != "cpu":
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        grouped = False
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, dropout_p=drop, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    if folded:
+        y = y.reshape(y.shape[0], heads, 1, y.shape[-1])
+    if seeing is not None:
+        y = y.masked_fill(~seeing, 0.0)
+    return y.transpose(1, 2)[..., :width]
