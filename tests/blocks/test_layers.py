@@ -1,0 +1,117 @@
+"""Norms and feed-forward layers against their formulas and torch's own layers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from seqzoo.blocks.layers.ffn import GeluMLP, SwiGLU, create_ffn
+from seqzoo.blocks.layers.norm import LayerNorm, RMSNorm, create_norm
+from seqzoo.blocks.layers.rows import packed_groups, rank_order, take
+
+
+def moved(module):
+    """Parameters away from the ones and zeros they start from."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def test_layer_norm_is_torchs():
+    norm, theirs = moved(LayerNorm(12, eps=1e-3)), nn.LayerNorm(12, eps=1e-3)
+    theirs.load_state_dict(norm.state_dict())
+    x = torch.randn(2, 5, 12) * 3 + 1
+    torch.testing.assert_close(norm(x), theirs(x))
+
+
+def test_rms_norm_is_its_formula():
+    norm = moved(RMSNorm(12, eps=1e-2).double())
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    want = x / ((x**2).mean(-1, keepdim=True) + 1e-2).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_norms_keep_the_dtype_and_take_statistics_in_float32(kind):
+    norm = kind(64)
+    x = (torch.randn(3, 64) * 100 + 1000).bfloat16()
+    y = norm(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - norm(x.float())).abs().max() < 2e-2
+    assert norm.bfloat16()(x).dtype == torch.bfloat16
+
+
+def test_create_norm():
+    assert isinstance(create_norm("layernorm", 8), LayerNorm)
+    assert create_norm("rmsnorm", 8).eps == 1e-6
+    assert create_norm("rmsnorm", 8, eps=1e-3).eps == 1e-3
+    assert isinstance(create_norm(nn.LayerNorm, 8), nn.LayerNorm)
+    with pytest.raises(ValueError, match=r"layernrm.*layernorm"):
+        create_norm("layernrm", 8)
+
+
+def test_gelu_mlp_is_its_formula():
+    layer = moved(GeluMLP(6, mlp_ratio=2.5).double())
+    assert layer.up_proj.out_features == 15
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    h = x @ layer.up_proj.weight.T + layer.up_proj.bias
+    h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
+    want = h @ layer.down_proj.weight.T + layer.down_proj.bias
+    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+
+
+def test_swiglu_is_its_formula():
+    layer = moved(SwiGLU(6, bias=True).double())
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    gate, up = layer.gate_proj(x), layer.up_proj(x)
+    want = F.linear(gate * torch.sigmoid(gate) * up, layer.down_proj.weight, layer.down_proj.bias)
+    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+
+
+def test_widths():
+    assert SwiGLU(4096, multiple_of=256).up_proj.out_features == 11008  # Llama 7B
+    # A product a hair under the integer keeps its channel.
+    assert [SwiGLU(3 * n).up_proj.out_features for n in range(1, 200)] == [8 * n for n in range(1, 200)]
+    for bad in ({"mlp_ratio": 0.0}, {"multiple_of": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SwiGLU(8, **bad)
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_dropout_works_in_training_only(name):
+    layer, x = create_ffn(name, 64, drop=0.5), torch.randn(1, 8, 64)
+    assert (layer(x) == 0).float().mean() > 0.3
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_create_ffn():
+    assert create_ffn("none", 8) is None
+    assert create_ffn(None, 8) is None
+    assert create_ffn("gelu", 8).up_proj.out_features == 32
+    assert create_ffn("swiglu", 8, mlp_ratio=2).up_proj.out_features == 16
+    assert isinstance(create_ffn(GeluMLP, 8), GeluMLP)
+    with pytest.raises(ValueError, match=r"swigl.*swiglu"):
+        create_ffn("swigl", 8)
+
+
+def test_real_tokens_come_first_and_go_back():
+    mask = torch.tensor([[False, True, True, False, True], [False] * 5, [True] * 5])
+    x = torch.arange(5).expand(3, -1)
+    order, back, number = rank_order(mask)
+    assert number.tolist() == [3, 0, 5]
+    assert take(x, order)[0, :3].tolist() == [1, 2, 4]
+    assert torch.equal(take(take(x, order), back), x)
+
+
+def test_packed_groups_pad_little_and_miss_nothing():
+    lengths = torch.tensor([1000, *[3, 5, 8, 0, 13] * 30])
+    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    total = int(lengths.sum())
+    groups = list(packed_groups(bounds, total, together=False))
+    places = torch.cat([place[valid] for place, valid in groups])
+    assert torch.equal(places.sort().values, torch.arange(total))
+    assert sum(valid.numel() for _, valid in groups) < 2 * total
+    ((place, valid),) = packed_groups(bounds, total, together=True)
+    assert torch.equal(valid.sum(1), lengths)
+    assert all(torch.equal(p[v].diff(), torch.ones_like(p[v][1:])) for p, v in zip(place, valid, strict=True))

@@ -1,0 +1,28 @@
+"""Settings and fixtures of every test: one thread, one seed, the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# One thread per process: xdist starts one process per core, and results do not depend on how a sum is split.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test starts from one seed, whichever tests ran before it in the process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets: SEQZOO_SHARED_DATA, or shared/data beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SEQZOO_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder {folder} (set SEQZOO_SHARED_DATA)")
+    return folder
