@@ -1,0 +1,125 @@
+"""The one LightningModule base: parameter groups, schedules, gradient health."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from ..blocks.parameters import parameter_groups
+from ..blocks.registry import did_you_mean
+from .errors import UserError
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULERS = ("none", "cosine", "wsd", "informer")
+
+
+def create_optimizer(module: nn.Module, options: dict[str, Any]) -> torch.optim.Optimizer:
+    """adam, adamw or sgd over `parameter_groups(module)`; options: name, lr, weight_decay, betas or momentum."""
+    options = dict(options)
+    name = options.pop("name")
+    groups = parameter_groups(module, lr=options.pop("lr"), weight_decay=options.pop("weight_decay", 0.0))
+    classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+    }
+    if name not in classes:
+        raise UserError(f"unknown optimizer {name!r}.{did_you_mean(name, OPTIMIZERS)}")
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    # one pass over the parameters instead of a dozen; the same numbers up to rounding
+    return classes[name](groups, fused=True, **options)
+
+
+def schedule(options: dict[str, Any], total_steps: int) -> tuple[str, Callable[[int], float]] | None:
+    """("step" or "epoch", factor of the base rate), or None for a constant rate.
+
+    cosine: linear warm-up over `warmup_fraction`, then half a cosine to `min_ratio`. wsd: warm-up, constant, linear
+    decay over the last `decay_fraction`. informer: epochs 1 and 2 at the full rate, then halved each epoch.
+    """
+    name = options.get("name", "none")
+    if name == "none":
+        return None
+    if name == "informer":
+        return "epoch", lambda epoch: 1.0 if epoch < 2 else 0.5 ** (epoch - 1)
+    if name not in SCHEDULERS:
+        raise UserError(f"unknown scheduler {name!r}.{did_you_mean(name, SCHEDULERS)}")
+    warmup = int(options.get("warmup_fraction", 0.0) * total_steps)
+    floor = options.get("min_ratio", 0.0)
+    decay = int(options.get("decay_fraction", 0.2) * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if name == "cosine":
+            done = (step - warmup) / max(total_steps - warmup, 1)
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        left = total_steps - step
+        return 1.0 if left >= decay else floor + (1 - floor) * max(left, 0) / max(decay, 1)
+
+    return "step", factor
+
+
+class TrainingModule(L.LightningModule):
+    """Base of the tasks' modules. A subclass builds `self.net` and defines the steps.
+
+    hparams are plain containers only, so that checkpoints load with `weights_only=True`.
+    """
+
+    net: nn.Module
+
+    def __init__(self, *, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
+        super().__init__()
+        self.optimizer_options = dict(optimizer)
+        self.scheduler_options = dict(scheduler)
+        self._generators: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning keeps no random state; without it a resumed run would draw other dropout masks."""
+        checkpoint["generators"] = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._generators = checkpoint.get("generators")
+
+    def on_train_start(self) -> None:
+        if self._generators is not None:  # not at loading: what is built in between draws numbers too
+            torch.set_rng_state(self._generators["cpu"])
+            if self._generators["cuda"] and len(self._generators["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self._generators["cuda"])
+            self._generators = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = create_optimizer(self.net, self.optimizer_options)
+        total = self.trainer.estimated_stepping_batches
+        rule = schedule(self.scheduler_options, int(total) if math.isfinite(total) else 0)
+        if rule is None:
+            return optimizer
+        interval, factor = rule
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def sum_over_ranks(self, flat: torch.Tensor) -> torch.Tensor:
+        """The sum of a vector over all processes, on the CPU."""
+        gathered = self.all_gather(flat.to(self.device))
+        if not isinstance(gathered, torch.Tensor):
+            raise TypeError(f"all_gather of a tensor returned a {type(gathered).__name__}")
+        return gathered.view(-1, flat.numel()).sum(0).cpu()
+
+    def check_loss(self, loss: torch.Tensor, batch_index: int) -> torch.Tensor:
+        """Stop with the name of the first parameter that is not finite when the loss is not."""
+        if not bool(torch.isfinite(loss.detach())):
+            bad = [n for n, p in self.net.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
+            where = f"the first parameter that is not finite is {bad[0]}" if bad else "all parameters are finite"
+            raise RuntimeError(
+                f"the loss is {float(loss.detach())} at step {self.global_step} (batch {batch_index}): {where}; "
+                "lower optimizer.lr or set trainer.gradient_clip_val, or train in 32-true precision"
+            )
+        return loss
