@@ -1,0 +1,75 @@
+"""Every registered mixer in the same slot: `patch_small` on ETTh1, one table.
+
+    SEQZOO_DATA=/folder/with/ETTh1.csv python benchmarks/etth1_mixers.py
+
+Runs `lightning fit experiment=forecasting/etth1_patch mixer=<key>` for each mixer that can read a whole window, and
+`model=dlinear` beside them, and writes benchmarks/results/etth1_mixers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from _runs import ROOT, fit, write_result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixers", nargs="+", default=None, help="all that support the pattern self")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "benchmarks")
+    parser.add_argument("overrides", nargs="*", help="further overrides of the experiment")
+    options = parser.parse_args()
+
+    import seqzoo
+
+    rows = []
+    for mixer in options.mixers or seqzoo.list_mixers(pattern="self"):
+        metrics = fit(
+            [
+                "experiment=forecasting/etth1_patch",
+                f"mixer={mixer}",
+                f"seed={options.seed}",
+                *options.overrides,
+            ],
+            options.runs / f"etth1_patch_{mixer}",
+            threads=options.threads,
+        )
+        rows.append(row(mixer, metrics))
+        print(rows[-1], flush=True)
+    linear = ["data=etth1", "model=dlinear", "data.seq_len=512", "data.pred_len=96", "data.batch_size=128"]
+    linear += ["task.loss=mse", "trainer.max_epochs=8", f"seed={options.seed}"]
+    metrics = fit(linear, options.runs / "etth1_dlinear", threads=options.threads)
+    rows.append(row("(dlinear)", metrics))
+    for method, units in metrics["test"].items():
+        if method.startswith("seasonal-naive"):
+            scaled = units["scaled"]["overall"]
+            rows.append(
+                {
+                    "mixer": f"({method})",
+                    "mse": scaled["mse"],
+                    "mae": scaled["mae"],
+                    "epochs": 0,
+                    "seconds": 0,
+                }
+            )
+    rows.sort(key=lambda r: r["mse"])
+    for entry in rows:
+        print(f"{entry['mixer']:22} MSE {entry['mse']:.4f} MAE {entry['mae']:.4f} {entry['seconds']:6.0f} s")
+    print(write_result("etth1_mixers", {"rows": rows}))
+
+
+def row(name: str, metrics: dict) -> dict:
+    return {
+        "mixer": name,
+        "mse": metrics["test/mse"],
+        "mae": metrics["test/mae"],
+        "epochs": metrics["epochs"],
+        "seconds": round(metrics["seconds"]),
+    }
+
+
+if __name__ == "__main__":
+    main()
