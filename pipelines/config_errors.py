@@ -28,7 +28,7 @@ def _base_config(overrides: Sequence[str], config_dirs: Sequence[str]) -> dict[s
             with initialize_config_module("seqzoo.conf", version_base="1.3"):
                 cfg = compose("config", overrides=attempt)
             return dict(OmegaConf.to_container(cfg, resolve=False))  # type: ignore[arg-type]
-        except Exception:
+        except Exception:  # this only feeds a hint; the error itself is already at hand
             continue
     return {}
 
