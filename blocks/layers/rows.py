@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,3 +55,47 @@ def packed_groups(cu_seqlens: Tensor, length: int, *, together: bool) -> Iterato
         step = torch.arange(max(lengths[m] for m in members), device=cu_seqlens.device)
         valid = step < size
         yield torch.where(valid, start + step, 0), valid
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a batch lie once its real tokens come first in every row: made by `lay_out`.
+
+    valid: bool (R, M), which places of the rows hold a token; None when all do. lengths: int64 (R,), tokens of a
+    row; None when all are full. R = B, or N for packed sequences.
+    """
+
+    valid: Tensor | None
+    lengths: Tensor | None
+    index: Tensor | None
+    back: Tensor | None
+    packed: bool
+
+    def place(self, x: Tensor) -> Tensor:
+        """Bring (B, L, ...) to (R, M, ...); what lies beyond a row's tokens is arbitrary."""
+        if self.index is None:
+            return x
+        return x[0, self.index] if self.packed else take(x, self.index)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Bring (R, M, ...) back to (B, L, ...), with zeros where x had a pad."""
+        if self.valid is None:
+            return y
+        if self.packed:
+            return y[self.valid].unsqueeze(0)
+        y = y.masked_fill(~self.valid.reshape(*self.valid.shape, *[1] * (y.dim() - 2)), 0)
+        return y if self.back is None else take(y, self.back)
+
+
+def lay_out(mask: Tensor | None, cu_seqlens: Tensor | None, length: int) -> Layout:
+    """How to bring padded or packed tokens to rows whose real tokens come first, and back.
+
+    mask: bool (B, L) or None. cu_seqlens: (N+1,) or None, one of both at most. length: L of x. With neither, rows
+    stay as they are. Raises ValueError for bounds that do not rise from 0 to length.
+    """
+    if cu_seqlens is not None:
+        index, valid = next(packed_groups(cu_seqlens, length, together=True))
+        return Layout(valid, valid.sum(1), index, None, True)
+    if mask is None:
+        return Layout(None, None, None, None, False)
+    order, back, number = rank_order(mask)
+    return Layout(torch.arange(length, device=mask.device) < number.unsqueeze(1), number, order, back, False)
