@@ -21,6 +21,11 @@ class Forecaster(nn.Module):
     output: OutputDistribution
     config: dict[str, Any]
 
+    @property
+    def reads_calendar(self) -> bool:
+        """Whether this model, as built, reads past_time and future_time; the loader leaves them out otherwise."""
+        return "calendar" in self.uses
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """batch: see `pipelines.forecasting.windows`. Returns the parameters (B, H, C, P), in the scaled space."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")

@@ -130,6 +130,10 @@ class PatchForecaster(Forecaster):
             return x
         return x.unsqueeze(1).expand(-1, self.in_channels, *x.shape[1:]).reshape(batch * self.in_channels, *x.shape[1:])
 
+    @property
+    def reads_calendar(self) -> bool:
+        return self.num_time > 0
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the parameters (B, H, C, P) of the output distribution, scaled."""
         params, _ = self.forward_aux(batch)

@@ -36,7 +36,8 @@ class ForecastData(L.LightningDataModule):
     takes every window). steps: training batches in an epoch (default: all windows once). seed: of the
     shuffling. num_workers: loader processes.
 
-    Evaluation loaders take every window exactly once whatever the batch size or number of processes. Raises
+    `calendar` (True) may be set to False before the loaders are made, for a model that reads no calendar features;
+    `ForecastModule` does so. Evaluation loaders take every window exactly once whatever the batch size or number of processes. Raises
     UserError in the constructor for arguments that make no sense, in `setup` for a file that does not fit
     them.
     """
@@ -108,6 +109,7 @@ class ForecastData(L.LightningDataModule):
         )
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.steps, self.num_workers, self.seed = steps, num_workers, seed
+        self.calendar = True
         self.ranges: dict[str, np.ndarray] = {}
         self._table: SeriesTable | None = None
         self._scaler: StandardScaler | None = None
@@ -204,6 +206,7 @@ class ForecastData(L.LightningDataModule):
             ranges=self.ranges[stage],
             scaler=scaler,
             stride=stride or (self.stride if stage == "train" else 1),
+            calendar=self.calendar,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -278,7 +281,13 @@ class ForecastData(L.LightningDataModule):
         _check_last_windows(table, ranges, self.pred_len)
         self.ranges["predict"] = ranges
         return WindowDataset(
-            table, seq_len=self.seq_len, pred_len=self.pred_len, ranges=ranges, scaler=scaler, future=False
+            table,
+            seq_len=self.seq_len,
+            pred_len=self.pred_len,
+            ranges=ranges,
+            scaler=scaler,
+            future=False,
+            calendar=self.calendar,
         )
 
 

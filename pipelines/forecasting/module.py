@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..training import TrainingModule
 from .baselines import drift, mean, naive, seasonal_naive
 from .calendar import seasonality
+from .data import ForecastData
 from .metrics import MetricSums
 from .scaling import StandardScaler
 from .scores import crps_student_t, zero_threshold
@@ -93,6 +94,12 @@ class ForecastModule(TrainingModule):
         self.season_scale: Tensor | None = None  # (N, C), set by the task before a test; None leaves MASE out
         self.test_sums: dict[str, dict[str, MetricSums]] = {}
         self._sums: dict[str, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Spare the loaders the calendar features of a model that does not read them."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ForecastData):
+            data.calendar = self.net.reads_calendar
 
     # training -------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     table: the columns. ranges: int64 (N, 2), rows [begin, end) within each series; a window lies inside one
     range. scaler: its order of series must be the table's. stride: rows between the starts of neighbouring
     windows. future: False for prediction, where a range holds the past only and the batch has no
-    future_target and future_observed.
+    future_target and future_observed. calendar: False leaves past_time and future_time without features (T = 0), for
+    models that do not read them: they are half of the work.
 
     `dataset.__getitems__(indices)` gives one batch as a dict of tensors: past_target (B, L, C) scaled,
     missing as 0; past_observed (B, L, C) bool; past_time (B, L, T) and future_time (B, H, T) calendar
@@ -42,6 +43,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         scaler: StandardScaler,
         stride: int = 1,
         future: bool = True,
+        calendar: bool = True,
     ) -> None:
         for name, value in (("seq_len", seq_len), ("pred_len", pred_len), ("stride", stride)):
             if value < 1:
@@ -56,16 +58,17 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         span = seq_len + (pred_len if future else 0)
         counts = np.maximum((self.ranges[:, 1] - self.ranges[:, 0] - span) // stride + 1, 0)
         self._ends = np.cumsum(counts)
-        self._center = scaler.mean.astype(np.float32)
-        self._scale = (1 / scaler.std).astype(np.float32)
-        if len(self._center) == 1:
-            longest = max(seq_len, pred_len)
-            self._center_row, self._scale_row = np.tile(self._center, longest)[0], np.tile(self._scale, longest)[0]
+        self._center = torch.from_numpy(scaler.mean.astype(np.float32))
+        self._scale = torch.from_numpy((1 / scaler.std).astype(np.float32))
         self._static = scaler.transform_static(table.static)
-        first, last = table.time_span
-        self._calendar = Calendar(table.freq, first, int(future_times(last, table.freq, pred_len)[-1]))
+        self._calendar = self._make_calendar() if calendar else None
+
+    def _make_calendar(self) -> Calendar:
+        table = self.table
         if table.time_features is None:  # either is made here once, so that forked loader processes share it
             _ = table.time_codes
+        first, last = table.time_span
+        return Calendar(table.freq, first, int(future_times(last, table.freq, self.pred_len)[-1]))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -84,65 +87,64 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         return self.__getitems__(np.atleast_1d(np.asarray(index)))
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        table, num_targets = self.table, len(self.table.targets)
+        table, num_targets, seq_len = self.table, len(self.table.targets), self.seq_len
         known = num_targets + len(table.past_covariates)
         series, start = self.locate(indices)
         first = table.offsets[series] + start
-        past, past_observed = self._gather(first, self.seq_len, series)
-        covariates = past[:, :, known:]
+        ahead = self.pred_len if self.future or table.future_covariates else 0
+        values, observed = self._gather(first, seq_len + ahead, series)
+        no_covariates = values.new_zeros(len(first), seq_len + self.pred_len, 0)
         batch = {
-            "past_target": past[:, :, :num_targets],
-            "past_observed": past_observed[:, :, :num_targets],
-            "past_time": self._time_features(first, self.seq_len),
-            "past_covariates": past[:, :, num_targets:known],
-            "static_covariates": self._static[series],
-            "series": series,
-            "origin": start + self.seq_len,
+            "past_target": values[:, :seq_len, :num_targets],
+            "past_observed": observed[:, :seq_len, :num_targets],
+            "past_time": self._time_features(first, seq_len),
+            "past_covariates": values[:, :seq_len, num_targets:known],
+            "future_covariates": values[:, :, known:] if ahead else no_covariates,
+            "static_covariates": torch.from_numpy(self._static[series]),
+            "series": torch.from_numpy(series),
+            "origin": torch.from_numpy(start + seq_len),
         }
-        if self.future or table.future_covariates:
-            later, later_observed = self._gather(first + self.seq_len, self.pred_len, series)
-            covariates = np.concatenate([covariates, later[:, :, known:]], axis=1)
-        else:
-            covariates = np.zeros((len(first), self.seq_len + self.pred_len, 0), dtype=np.float32)
-        batch["future_covariates"] = covariates
         if self.future:
-            batch["future_time"] = self._time_features(first + self.seq_len, self.pred_len)
-            batch["future_target"] = later[:, :, :num_targets]
-            batch["future_observed"] = later_observed[:, :, :num_targets]
+            batch["future_time"] = self._time_features(first + seq_len, self.pred_len)
+            batch["future_target"] = values[:, seq_len:, :num_targets]
+            batch["future_observed"] = observed[:, seq_len:, :num_targets]
         else:
-            origins = self.origin_times(series, batch["origin"])
-            times = [future_times(int(time), table.freq, self.pred_len) for time in origins]
-            batch["future_time"] = self._calendar(np.stack(times))
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+            batch["future_time"] = self._times_after(series, start + seq_len)
+        return batch
 
     def origin_times(self, series: np.ndarray, origin: np.ndarray) -> np.ndarray:
         """Timestamps of the last past row of some windows, int64 ns (B,)."""
         return np.asarray(self.table.times[self.table.offsets[series] + origin - 1])
 
-    def _gather(self, first: np.ndarray, rows: int, series: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _gather(self, first: np.ndarray, rows: int, series: np.ndarray) -> tuple[Tensor, Tensor]:
         """Scaled values (B, rows, columns) with 0 where missing, and where they are observed."""
-        block = _windows(self.table.values, rows)[first]
-        if len(self._center) == 1:
-            # One long row per window: numpy is slow where it repeats a short last axis.
-            flat = block.reshape(len(block), -1)
-            flat -= self._center_row[: flat.shape[1]]
-            flat *= self._scale_row[: flat.shape[1]]
-        else:
-            block -= self._center[series][:, None]
-            block *= self._scale[series][:, None]
+        block = torch.from_numpy(_windows(self.table.values, rows)[first])
+        # One long row per window: broadcasting over a short last axis takes twenty times as long.
+        index = torch.from_numpy(series) if len(self._center) > 1 else slice(None)
+        center, scale = (t[index].repeat(1, rows) for t in (self._center, self._scale))
+        block.view(len(block), -1).sub_(center).mul_(scale)
         if not self.table.has_missing:
-            return block, np.ones(block.shape, dtype=bool)
-        missing = np.isnan(block)
-        block[missing] = 0
-        return block, ~missing
+            return block, torch.ones(1, 1, 1, dtype=torch.bool).expand(block.shape)
+        missing = block.isnan()
+        return block.masked_fill_(missing, 0), missing.logical_not_()
 
-    def _time_features(self, first: np.ndarray, rows: int) -> np.ndarray:
+    def _time_features(self, first: np.ndarray, rows: int) -> Tensor:
         """Calendar features (B, rows, T) of rows of the table."""
+        if self._calendar is None:
+            return torch.zeros(len(first), rows, 0)
         features = self.table.time_features
-        if features is None:
-            clock, day = (_windows(codes, rows)[first] for codes in self.table.time_codes)
-            return self._calendar.features(clock, day)
-        return _windows(features, rows)[first]
+        if features is not None:
+            return torch.from_numpy(_windows(features, rows)[first])
+        clock, day = (_windows(codes, rows)[first] for codes in self.table.time_codes)
+        return torch.from_numpy(self._calendar.features(clock, day))
+
+    def _times_after(self, series: np.ndarray, origin: np.ndarray) -> Tensor:
+        """Calendar features (B, H, T) of the steps after some windows, which the table need not hold."""
+        if self._calendar is None:
+            return torch.zeros(len(series), self.pred_len, 0)
+        ends = self.origin_times(series, origin)
+        times = [future_times(int(time), self.table.freq, self.pred_len) for time in ends]
+        return torch.from_numpy(self._calendar(np.stack(times)))
 
 
 def identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:

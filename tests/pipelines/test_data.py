@@ -19,6 +19,7 @@ from torch import nn
 from seqzoo.pipelines.errors import UserError
 from seqzoo.pipelines.forecasting import samples
 from seqzoo.pipelines.forecasting.data import ForecastData
+from seqzoo.pipelines.forecasting.module import ForecastModule
 
 FAST = {"seq_len": 24, "pred_len": 6, "batch_size": 16}
 
@@ -97,6 +98,23 @@ def test_loaders_of_every_stage_with_a_trainer(tmp_path: Path) -> None:
     outputs = trainer.predict(module, data)
     assert [int(o) for output in outputs for o in output] == [200, 200]
     assert sum(module.sizes["train"]) == len(data.dataset("train"))
+
+
+@pytest.mark.parametrize(("model", "features"), [("dlinear", 0), ("informer", 4)])
+def test_calendar_features_are_made_for_models_that_read_them(tmp_path: Path, model: str, features: int) -> None:
+    data = ForecastData(write(tmp_path / "t.csv"), **FAST)
+    options = {"dim": 8, "num_heads": 2, "label_len": 2} if model == "informer" else {}
+    module = ForecastModule(
+        {"name": model, **options},
+        {"loss": "mse", "quantiles": None},
+        {"name": "adam", "lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.999]},
+        {"name": "none"},
+        data.schema(),
+    )
+    seen = []
+    module.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]["past_time"].shape[-1]))
+    quiet_trainer(tmp_path).validate(module, data, verbose=False)
+    assert set(seen) == {features}
 
 
 def test_steps_and_empty_parts(tmp_path: Path) -> None:

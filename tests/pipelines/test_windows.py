@@ -97,7 +97,6 @@ def test_batches_equal_single_windows_in_any_order(table: SeriesTable) -> None:
     windows = dataset(table)
     order = np.random.default_rng(0).permutation(len(windows))
     batch = windows.__getitems__(order.tolist())
-    assert all(value.is_contiguous() for value in batch.values())
     for position, number in enumerate(order):
         for key, value in windows[int(number)].items():
             torch.testing.assert_close(batch[key][position], value[0], rtol=0, atol=0)
@@ -117,6 +116,19 @@ def test_shapes_and_dtypes(table: SeriesTable) -> None:
     assert {key: tuple(value.shape) for key, value in batch.items()} == shapes
     kinds = {"past_observed": torch.bool, "future_observed": torch.bool, "series": torch.int64, "origin": torch.int64}
     assert {key: value.dtype for key, value in batch.items()} == {k: kinds.get(k, torch.float32) for k in shapes}
+
+
+@pytest.mark.parametrize("future", [True, False])
+def test_the_calendar_can_be_left_out(table: SeriesTable, future: bool) -> None:
+    ranges = whole(table) if future else np.stack([np.zeros_like(table.lengths) + 1, table.lengths - H], axis=1)
+    ranges[:, 0] = np.minimum(ranges[:, 0], ranges[:, 1])
+    full, without = (dataset(table, ranges=ranges, future=future, calendar=c)[0] for c in (True, False))
+    assert without.keys() == full.keys()
+    for key, value in full.items():
+        if key in ("past_time", "future_time"):
+            assert value.shape[2] > 0 and without[key].shape == (*value.shape[:2], 0)
+        else:
+            torch.testing.assert_close(without[key], value, rtol=0, atol=0)
 
 
 def test_ranges_and_stride(table: SeriesTable) -> None:
