@@ -37,9 +37,9 @@ class ForecastData(L.LightningDataModule):
     shuffling. num_workers: loader processes.
 
     `calendar` (True) may be set to False before the loaders are made, for a model that reads no calendar features;
-    `ForecastModule` does so. Evaluation loaders take every window exactly once whatever the batch size or number of processes. Raises
-    UserError in the constructor for arguments that make no sense, in `setup` for a file that does not fit
-    them.
+    `ForecastModule` does so. Evaluation loaders take every window exactly once whatever the batch size or number of
+    processes. Raises UserError in the constructor for arguments that make no sense, in `setup` for a file that does
+    not fit them.
     """
 
     def __init__(
