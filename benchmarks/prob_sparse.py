@@ -11,14 +11,12 @@ better.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
+from _measure import peak_mib, seconds
 from _runs import write_result
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,41 +28,6 @@ def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """SDPA in our layout."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
-def peak_mib(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Growth of the peak memory over one call, in MiB; on a CPU the resident set of the process (Linux), else
-    nan."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    def status(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory kept by malloc would hide growth
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = status("VmRSS")
-    except OSError:
-        return float("nan")
-    run()
-    return (status("VmHWM") - before) / 1024
 
 
 def main() -> None:
