@@ -12,43 +12,11 @@ import zipfile
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from toy_training import Tiny, loader
 
 from seqzoo.pipelines import checkpoints
 from seqzoo.pipelines.checkpoints import AtomicCheckpointIO, CheckpointError, SafeModelCheckpoint, load_checkpoint
 from seqzoo.pipelines.errors import UserError
-
-torch.set_num_threads(1)
-
-
-class Tiny(L.LightningModule):
-    """One weight; the validation loss falls by one each epoch."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
-
-    def training_step(self, batch, batch_idx):
-        loss = (self.weight * batch["x"]).sum()
-        self.log(
-            "train/loss",
-            loss.detach(),
-            on_step=True,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch["x"]),
-        )
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val/loss", 10.0 - self.current_epoch, prog_bar=True, batch_size=len(batch["x"]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-def loader(batches=23):
-    return DataLoader([{"x": torch.ones(3)} for _ in range(4 * batches)], batch_size=4)
 
 
 def trainer(tmp_path, *callbacks, epochs=2, **options):
