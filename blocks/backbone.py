@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .block import Block
 from .layers.ffn import create_ffn
-from .layers.norm import create_norm
+from .layers.norm import create_norm, normalize
 from .layers.positions import create_position
 from .protocol import Mixer, State
 from .registry import create_mixer
@@ -63,7 +63,8 @@ class Backbone(nn.Module):
     factory, or a sequence of those repeated to `depth`. cross_mixer: the same for a cross-attention sub-layer in every
     block. ffn: "gelu", "swiglu", "none" or a factory of `dim`; mlp_ratio: its inner width over `dim`. position: an
     additive position ("none", "learned", "sinusoidal"); max_len bounds the learned one. causal: passed to the mixers;
-    cross: the mixers themselves read `context`. drop_path grows linearly to its value at the last block.
+    cross: the mixers themselves read `context`. prenorm: False puts the norms after the sums (give final_norm=False
+    then). drop_path grows linearly to its value at the last block.
 
     Raises ValueError for unknown names, options and patterns.
     """
@@ -79,6 +80,7 @@ class Backbone(nn.Module):
         mlp_ratio: float | None = None,
         norm: str = "layernorm",
         norm_eps: float | None = None,
+        prenorm: bool = True,
         position: str = "none",
         max_len: int | None = None,
         causal: bool = False,
@@ -95,6 +97,8 @@ class Backbone(nn.Module):
             raise ValueError("mixer is an empty list; give at least one mixer")
         if len(choices) > depth:
             raise ValueError(f"{len(choices)} mixers were given for depth={depth}; the list is repeated to the depth")
+        if causal and norm == "batchnorm":
+            raise ValueError("norm='batchnorm' takes statistics over later tokens too; with causal=True give another")
         self.dim, self.depth, self.causal = dim, depth, causal
         self.position = create_position(position, dim, max_len=max_len)
         self.blocks = nn.ModuleList(
@@ -105,6 +109,7 @@ class Backbone(nn.Module):
                 cross_mixer=None if cross_mixer is None else create_mixer(cross_mixer, dim, causal=causal, cross=True),
                 norm=norm,
                 norm_eps=norm_eps,
+                prenorm=prenorm,
                 proj_drop=proj_drop,
                 drop_path=drop_path * i / max(depth - 1, 1),
             )
@@ -214,7 +219,7 @@ class Backbone(nn.Module):
                 features.append(x)
             for name, value in out.aux.items():
                 aux[name] = aux[name] + value if name in aux else value
-        y = self.norm(x)
+        y = normalize(self.norm, x, mask)
         if mask is not None:
             y = torch.where(mask.unsqueeze(-1), y, y.new_zeros(()))
         if state is None:

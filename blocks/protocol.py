@@ -54,6 +54,9 @@ class Mixer(nn.Module):
       rank sets it to False, and the suite then compares neither numeric gradients nor precisions.
     - `exact` says that the past is bitwise independent of the future; a form whose rounding mixes positions (an FFT)
       sets it to False, and the suite then allows rounding, no more.
+    - `reads_residual` says that the output is gated against the residual stream, x + u * (h - x): forward also takes
+      `residual` (B, L, D), the block's input before its norm, and returns what is to be added to it. Without one the
+      mixer's own x stands in for it.
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self"})
@@ -61,6 +64,7 @@ class Mixer(nn.Module):
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     exact: bool = True
     smooth: bool = True
+    reads_residual: bool = False
 
     def __init__(self, dim: int, *, causal: bool = False, cross: bool = False) -> None:
         super().__init__()
@@ -165,6 +169,22 @@ class Mixer(nn.Module):
                 raise ValueError(f"{name}: cu_seqlens must be an int32 vector (N+1,)")
             if mask is not None:
                 raise ValueError(f"{name}: give either mask or cu_seqlens, not both")
+
+
+def check_state(mixer: Mixer, state: State | None, kind: type, rows: int) -> None:
+    """Raise ValueError unless `state` is None or a `kind` with `rows` rows, as `mixer.init_state(rows)` gives."""
+    if state is None:
+        return
+    name = type(mixer).__name__
+    if not isinstance(state, kind):
+        raise ValueError(f"{name}: state is a {type(state).__name__}, expected the {kind.__name__} of init_state")
+
+    def check(tensor: Tensor) -> Tensor:
+        if tensor.shape[:1] != (rows,):
+            raise ValueError(f"{name}: state is of {tensor.shape[0]} rows, but there are {rows} sequences")
+        return tensor
+
+    map_state(check, state)
 
 
 def map_state(function: Any, *states: StateT) -> StateT:

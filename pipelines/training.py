@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from ..blocks.layers.vector_quantizer import VectorQuantizer
 from ..blocks.parameters import parameter_groups
 from ..blocks.registry import did_you_mean
 from .errors import UserError
@@ -105,6 +106,17 @@ class TrainingModule(L.LightningModule):
         interval, factor = rule
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def log_auxiliary(self, aux: dict[str, torch.Tensor], batch_size: int) -> None:
+        """The auxiliary losses of a training batch by name, as they enter the loss; tables show the epoch's mean."""
+        for name, value in aux.items():
+            self.log(f"train/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=batch_size)
+
+    def on_train_epoch_end(self) -> None:
+        """How many codewords are in use, the mean over the codebooks of the model, if it has any."""
+        used = [part.perplexity() for part in self.net.modules() if isinstance(part, VectorQuantizer)]
+        if used:
+            self.log("train/codebook_perplexity", torch.stack(used).mean())
 
     def sum_over_ranks(self, flat: torch.Tensor) -> torch.Tensor:
         """The sum of a vector over all processes, on the CPU."""

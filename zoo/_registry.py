@@ -6,7 +6,7 @@ import fnmatch
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,30 @@ def register_model(
         return function
 
     return register
+
+
+def register_sizes(
+    family: str,
+    cls: type[nn.Module],
+    sizes: Mapping[str, tuple[str, Mapping[str, Any]]],
+    *,
+    module: str,
+    task: str,
+    paper: str,
+    **shared: Any,
+) -> None:
+    """Register `<family>_<size>` for every size: a line on what it is, and its own options beside the shared ones.
+
+    module: `__name__` of the caller.
+    """
+    for size, (summary, options) in sizes.items():
+
+        def build(**given: Any) -> nn.Module:
+            return cls(**given)
+
+        build.__name__ = build.__qualname__ = f"{family}_{size}"
+        build.__module__, build.__doc__ = module, summary
+        register_model(cls, task=task, paper=paper, **{**shared, **options})(build)
 
 
 def _load_all() -> None:

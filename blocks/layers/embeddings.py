@@ -1,4 +1,4 @@
-"""Embeddings for series: Informer's (value + position + time) and patches with an instance norm."""
+"""Embeddings: tokens; for series Informer's (value + position + time) and patches with an instance norm."""
 
 from __future__ import annotations
 
@@ -10,6 +10,30 @@ from .positions import SinusoidalPosition
 
 # rows of the lookup tables of Informer's "fixed" and "learned" time embeddings: month, day, weekday, hour, quarter hour
 _CALENDAR_SIZES = (("month", 13), ("day", 32), ("weekday", 7), ("hour", 24), ("minute", 4))
+
+
+class TokenEmbedding(nn.Embedding):
+    """A table of vectors: tokens (B, L) int64 -> (B, L, D).
+
+    num_tokens: size of the vocabulary. std: of the normal start. scale: what the vectors are multiplied by (a head
+    tied to the table reads it unscaled). drop: dropout. Raises ValueError for tokens that are not integers (B, L).
+    """
+
+    def __init__(
+        self, num_tokens: int, dim: int, *, std: float = 0.02, scale: float = 1.0, drop: float = 0.0
+    ) -> None:
+        if num_tokens < 1:
+            raise ValueError(f"num_tokens={num_tokens} must be at least 1")
+        super().__init__(num_tokens, dim)
+        self.dim, self.scale = dim, scale
+        self.drop = nn.Dropout(drop)
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}, expected int64 (B, L)")
+        x = super().forward(tokens)
+        return self.drop(x if self.scale == 1.0 else x * self.scale)
 
 
 class CircularConv(nn.Module):

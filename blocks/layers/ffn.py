@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..registry import did_you_mean
-from .projections import reset_linear
+from .projections import reset_linear, reset_normal
 
 
 def _hidden_width(dim: int, mlp_ratio: float, multiple_of: int) -> int:
@@ -53,6 +53,32 @@ class GeluMLP(nn.Module):
         return self.drop(self.down_proj(self.drop(F.gelu(self.up_proj(x)))))
 
 
+class SiluMLP(GeluMLP):
+    """y = W2 silu(W1 x + b1) + b2, the feed-forward layer of MEGA (arXiv:2209.10655).
+
+    Arguments as `GeluMLP`. hidden_drop: dropout after the activation, where it is not that of the output, `drop`.
+    Weights are N(0, 0.02), biases zero.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float = 2.0,
+        drop: float = 0.0,
+        bias: bool = True,
+        *,
+        hidden_drop: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, mlp_ratio, drop, bias, device=device, dtype=dtype)
+        self.hidden_drop = nn.Dropout(drop if hidden_drop is None else hidden_drop)
+        reset_normal(self.up_proj, self.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down_proj(self.hidden_drop(F.silu(self.up_proj(x)))))
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward (arXiv:2002.05202, eq. 6): y = W_down (silu(W_gate x) * W_up x).
 
@@ -82,10 +108,25 @@ class SwiGLU(nn.Module):
         reset_linear(self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.down_proj(self.drop(F.silu(self.gate_proj(x)) * self.up_proj(x))))
+        return self.drop(self.down_proj(self.drop(self.gate(self.gate_proj(x)) * self.up_proj(x))))
+
+    @staticmethod
+    def gate(x: Tensor) -> Tensor:
+        return F.silu(x)
 
 
-FFNS: dict[str, Callable[..., nn.Module]] = {"gelu": GeluMLP, "swiglu": SwiGLU}
+class SGLU(SwiGLU):
+    """Gated feed-forward without an activation, of TransNormerLLM (arXiv:2307.14995): y = W_down (W_gate x * W_up x).
+
+    Arguments as `SwiGLU`.
+    """
+
+    @staticmethod
+    def gate(x: Tensor) -> Tensor:
+        return x
+
+
+FFNS: dict[str, Callable[..., nn.Module]] = {"gelu": GeluMLP, "silu": SiluMLP, "swiglu": SwiGLU, "sglu": SGLU}
 
 
 def create_ffn(
@@ -93,7 +134,7 @@ def create_ffn(
 ) -> nn.Module | None:
     """Build a feed-forward layer of width `dim`; None for "none" and None, a block without one.
 
-    ffn: "gelu", "swiglu", "none", None, or a class or factory called as `ffn(dim[, mlp_ratio=], drop=)`.
+    ffn: "gelu", "silu", "swiglu", "sglu", "none", None, or a class or factory called as `ffn(dim[, mlp_ratio=], drop=)`.
     mlp_ratio None keeps the default of the layer. Raises ValueError for an unknown name.
     """
     if ffn is None or ffn == "none":

@@ -1,9 +1,35 @@
-"""Heads for series: from tokens to P output parameters for every step of the horizon."""
+"""Heads: logits over a vocabulary; for series P output parameters for every step of the horizon."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LanguageHead(nn.Module):
+    """Logits of the next token, (B, L, D) -> (B, L, num_tokens), without bias.
+
+    tied: the embedding whose table is the weight (arXiv:1608.05859); it stays that module's parameter and is neither
+    counted nor saved twice. std: of the normal start of a weight of its own.
+    """
+
+    def __init__(self, dim: int, num_tokens: int, *, tied: nn.Embedding | None = None, std: float = 0.02) -> None:
+        super().__init__()
+        if tied is not None and tuple(tied.weight.shape) != (num_tokens, dim):
+            raise ValueError(f"the embedding is {tuple(tied.weight.shape)}, the head needs {(num_tokens, dim)}")
+        self.dim, self.num_tokens = dim, num_tokens
+        self.proj: nn.Linear | None = None
+        source: nn.Embedding | nn.Linear
+        if tied is None:
+            source = self.proj = nn.Linear(dim, num_tokens, bias=False)
+            nn.init.normal_(source.weight, std=std)
+        else:
+            source = tied
+        self._table = (source,)  # in a tuple, so that an embedding is no submodule of this one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._table[0].weight)
 
 
 class ForecastHead(nn.Module):

@@ -71,11 +71,105 @@ class RMSNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}"
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+class SimpleRMSNorm(nn.Module):
+    """RMSNorm without a gain (TransNormerLLM, arXiv:2307.14995): x / sqrt(mean(x^2) + eps).
+
+    The mean square is taken in float32 (float64 for float64 input). dim: channels. eps: added to the mean square.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), (self.dim,), None, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+
+class ScaleNorm(nn.Module):
+    """RMSNorm with one gain for all channels: g * x / sqrt(mean(x^2) + eps) (arXiv:1910.05895, in the form of MEGA).
+
+    Nguyen and Salazar divide by the norm |x|; MEGA (arXiv:2209.10655) by |x| / sqrt(dim), which only rescales g.
+    The mean square is taken in float32 (float64 for float64 input). dim: channels. eps: added to the mean square.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (F.rms_norm(x.to(wide), (self.dim,), None, self.eps) * self.weight.to(wide)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (arXiv:1502.03167) of every channel over all real tokens of the batch.
+
+    Statistics are of the tokens that `mask` (bool (B, L)) says are real, and running ones in eval mode, as
+    `nn.BatchNorm1d`, which is inside (so `nn.SyncBatchNorm.convert_sync_batchnorm` finds it). In training an output
+    depends on the whole batch, on later tokens too. dim: channels. eps: added to the variance.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.norm = nn.BatchNorm1d(dim, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B, L, D). Outputs where mask is False are 0."""
+        if mask is None:
+            return self.norm(x.flatten(0, -2)).view_as(x)
+        y = self.norm(x[mask]) if not self.training or bool(mask.any()) else x[mask]
+        return x.new_zeros(x.shape).index_put((mask,), y.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+    "srmsnorm": SimpleRMSNorm,
+    "scalenorm": ScaleNorm,
+    "batchnorm": BatchNorm,
+}
+
+
+def normalize(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """norm(x), with the mask of real tokens (bool (B, L)) for a norm whose statistics run over tokens."""
+    return norm(x, mask) if isinstance(norm, BatchNorm) else norm(x)
 
 
 def create_norm(norm: str | Callable[..., nn.Module], dim: int, eps: float | None = None) -> nn.Module:
-    """Build a norm of width `dim` from "layernorm", "rmsnorm" or a factory called as `norm(dim[, eps=])`.
+    """Build a norm of width `dim` from a name of `NORMS` or a factory called as `norm(dim[, eps=])`.
 
     eps None keeps the default of the norm. Raises ValueError for an unknown name.
     """

@@ -66,15 +66,22 @@ class Layout(NamedTuple):
 
     valid: Tensor | None
     lengths: Tensor | None
-    index: Tensor | None
+    source: Tensor | None
     back: Tensor | None
     packed: bool
 
     def place(self, x: Tensor) -> Tensor:
         """Bring (B, L, ...) to (R, M, ...); what lies beyond a row's tokens is arbitrary."""
-        if self.index is None:
+        if self.source is None:
             return x
-        return x[0, self.index] if self.packed else take(x, self.index)
+        return x[0, self.source] if self.packed else take(x, self.source)
+
+    def real(self, x: Tensor) -> Tensor:
+        """As `place`, with zeros beyond a row's tokens."""
+        x = self.place(x)
+        return (
+            x if self.valid is None else x.masked_fill(~self.valid.reshape(*self.valid.shape, *[1] * (x.dim() - 2)), 0)
+        )
 
     def restore(self, y: Tensor) -> Tensor:
         """Bring (R, M, ...) back to (B, L, ...), with zeros where x had a pad."""
@@ -84,6 +91,14 @@ class Layout(NamedTuple):
             return y[self.valid].unsqueeze(0)
         y = y.masked_fill(~self.valid.reshape(*self.valid.shape, *[1] * (y.dim() - 2)), 0)
         return y if self.back is None else take(y, self.back)
+
+    def reverse(self, x: Tensor) -> Tensor:
+        """Rows (R, M, ...) with the tokens of each in reverse order, still first; what lies beyond stays arbitrary."""
+        if self.lengths is None:
+            return x.flip(1)
+        place = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        last = self.lengths.unsqueeze(1) - 1
+        return take(x, torch.where(place <= last, last - place, place))
 
 
 def lay_out(mask: Tensor | None, cu_seqlens: Tensor | None, length: int) -> Layout:

@@ -37,7 +37,7 @@ class S4D(Mixer):
     uniform between their logarithms. train_b: learn B, which is otherwise fixed (B = 1 except for legs; C
     absorbs it).
     activation: "gelu", "silu", "relu" or "none". output: "glu", a linear map to 2 dim and a gated linear
-    unit, or "linear". drop: of whole channels, before the output map.
+    unit, "linear", or "none". drop: of whole channels, before the output map.
     rate: multiplies dt, for input sampled `rate` times more coarsely than in training.
     lr_max: cap of the learning rate of log_dt, A and B, which also get no weight decay; without it accuracy
         drops.
@@ -66,6 +66,7 @@ class S4D(Mixer):
         "fft": {"causal": True, "backend": "fft", "drop": 0.1, "d_state": 8},
         "fft_self": {"backend": "fft", "rate": 2.0, "activation": "none", "d_state": 8},
         "naive": {"causal": True, "backend": "naive", "activation": "relu", "train_b": True, "d_state": 4},
+        "no_output": {"output": "none", "d_state": 4},
     }
 
     def __init__(
@@ -79,7 +80,7 @@ class S4D(Mixer):
         dt_max: float = 0.1,
         train_b: bool = False,
         activation: Literal["gelu", "silu", "relu", "none"] = "gelu",
-        output: Literal["glu", "linear"] = "glu",
+        output: Literal["glu", "linear", "none"] = "glu",
         drop: float = 0.0,
         causal: bool = False,
         cross: bool = False,
@@ -96,7 +97,7 @@ class S4D(Mixer):
             ("init", init, INITS),
             ("discretization", discretization, ("zoh", "bilinear")),
             ("activation", activation, tuple(_ACTIVATIONS)),
-            ("output", output, ("glu", "linear")),
+            ("output", output, ("glu", "linear", "none")),
             ("backend", backend, _BACKENDS),
         ):
             if value not in known:
@@ -129,7 +130,9 @@ class S4D(Mixer):
         self.d = nn.Parameter(torch.randn(dim, **factory))
         self.activation = _ACTIVATIONS[activation]()
         self.drop = nn.Dropout1d(drop)
-        self.out_proj = nn.Linear(dim, 2 * dim if output == "glu" else dim, **factory)
+        self.out_proj = (
+            nn.Identity() if output == "none" else nn.Linear(dim, 2 * dim if output == "glu" else dim, **factory)
+        )
         self.gate = nn.GLU(-1) if output == "glu" else nn.Identity()
 
     def forward(

@@ -67,9 +67,9 @@ def from_channels(y: Tensor) -> Tensor:
 
 
 def scan(local: Tensor, decay: Tensor, start: Tensor | None) -> Tensor:
-    """States before each chunk, complex (D, B, G, N): s_0 = start, s_g+1 = decay s_g + local_g.
+    """States before each chunk, (D, B, G, N): s_0 = start, s_g+1 = decay s_g + local_g, complex or real.
 
-    local: complex (D, B, G, N), what each chunk adds. decay: (D, N). start: (D, B, N) or None for zero.
+    local: (D, B, G, N), what each chunk adds. decay: (D, N). start: (D, B, N) or None for zero.
     """
     decay = decay.unsqueeze(1)
     state = torch.zeros_like(local[:, :, 0]) if start is None else start
@@ -87,6 +87,18 @@ def toeplitz(kernel: Tensor, reverse: Tensor | None) -> Tensor:
     return torch.cat((ahead, kernel), 1).unfold(1, chunk, 1).flip(1)
 
 
+def last_chunk(u: Tensor, lengths: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The last chunk of each row with its real tokens moved to its end, zeros before them: (D, B, T).
+
+    u: (D, B, G * T). lengths: int64 (B,). Returns also that chunk's index and its number of tokens, int64 (B,).
+    """
+    last = (lengths - 1).clamp(min=0) // chunk
+    rest = lengths - last * chunk
+    place = torch.arange(chunk, device=u.device) - (chunk - rest).unsqueeze(1)  # within the chunk, < 0: empty
+    index = (place.clamp(min=0) + (last * chunk).unsqueeze(1)).expand(u.shape[0], -1, -1)
+    return u.gather(2, index) * (place >= 0), last, rest
+
+
 def final_state(u: Tensor, tables: Tables, states: Tensor, lengths: Tensor | None) -> Tensor:
     """The state after the last real token of each row, real (B, D, N, 2); u: (D, B, G * T), states before
     each chunk.
@@ -95,14 +107,9 @@ def final_state(u: Tensor, tables: Tables, states: Tensor, lengths: Tensor | Non
     nothing.
     """
     dim, batch, _ = u.shape
-    chunk = tables.write.shape[1]
     if lengths is None:
         lengths = torch.full((batch,), u.shape[2], device=u.device)
-    last = (lengths - 1).clamp(min=0) // chunk
-    rest = lengths - last * chunk
-    place = torch.arange(chunk, device=u.device) - (chunk - rest).unsqueeze(1)  # within the chunk, < 0: empty
-    index = (place.clamp(min=0) + (last * chunk).unsqueeze(1)).expand(dim, -1, -1)
-    tokens = u.gather(2, index) * (place >= 0)
+    tokens, last, rest = last_chunk(u, lengths, tables.write.shape[1])
     added = (tokens @ tables.write).unflatten(2, (-1, 2))  # (D, B, N, 2)
     before = states.gather(2, last.view(1, -1, 1, 1).expand(dim, -1, 1, states.shape[3])).squeeze(2)
     decay = tables.power.index_select(2, rest).transpose(1, 2)  # (D, B, N)

@@ -103,14 +103,11 @@ class ForecastModule(TrainingModule):
 
     # training -------------------------------------------------------------------------------------------------------
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        params, aux = self.net.forward_aux(batch)
-        loss = self.output.loss(params, batch["future_target"], batch["future_observed"])
-        return params, loss + sum(aux.values())
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        _, loss = self._loss(batch)
+        params, aux = self.net.forward_aux(batch)
+        loss = self.output.loss(params, batch["future_target"], batch["future_observed"]) + sum(aux.values())
         self.check_loss(loss, batch_idx)
+        self.log_auxiliary(aux, len(batch["series"]))
         self.log(
             "train/loss",
             loss.detach(),
@@ -127,7 +124,7 @@ class ForecastModule(TrainingModule):
         self._sums = {k: torch.zeros((), dtype=torch.float64) for k in ("loss", "squared", "absolute", "count")}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        params, _ = self._loss(batch)
+        params = self.net(batch)
         target, observed = batch["future_target"], batch["future_observed"]
         count = observed.sum().double().cpu()
         error = torch.where(observed, self.output.point(params).float() - target, 0.0).double()

@@ -128,7 +128,8 @@ def test_cross_mixer_reads_the_context_and_stays_causal():
         ({"mixer": ["linear"] * 3}, "depth=2"),
         ({"mixer": "prob_sparse", "causal": True}, "mixers that do: .*linear"),
         ({"ffn": "glu"}, "swiglu"),
-        ({"norm": "batchnorm"}, "layernorm"),
+        ({"norm": "layernorn"}, "layernorm"),
+        ({"norm": "batchnorm", "causal": True}, "later tokens"),
         ({"position": "rotary"}, "sinusoidal"),
     ],
 )

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from seqzoo.blocks.layers.ffn import GeluMLP, SwiGLU, create_ffn
-from seqzoo.blocks.layers.norm import LayerNorm, RMSNorm, create_norm
-from seqzoo.blocks.layers.rows import packed_groups, rank_order, take
+from seqzoo.blocks.layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm, create_norm
+from seqzoo.blocks.layers.rows import lay_out, packed_groups, rank_order, take
 
 
 def moved(module):
@@ -27,11 +27,12 @@ def test_layer_norm_is_torchs():
 def test_rms_norm_is_its_formula():
     norm = moved(RMSNorm(12, eps=1e-2).double())
     x = torch.randn(2, 5, 12, dtype=torch.float64)
-    want = x / ((x**2).mean(-1, keepdim=True) + 1e-2).sqrt() * norm.weight
-    torch.testing.assert_close(norm(x), want, rtol=1e-12, atol=1e-12)
+    want = x / ((x**2).mean(-1, keepdim=True) + 1e-2).sqrt()
+    torch.testing.assert_close(norm(x), want * norm.weight, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(SimpleRMSNorm(12, eps=1e-2)(x), want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm, SimpleRMSNorm])
 def test_norms_keep_the_dtype_and_take_statistics_in_float32(kind):
     norm = kind(64)
     x = (torch.randn(3, 64) * 100 + 1000).bfloat16()
@@ -115,3 +116,15 @@ def test_packed_groups_pad_little_and_miss_nothing():
     ((place, valid),) = packed_groups(bounds, total, together=True)
     assert torch.equal(valid.sum(1), lengths)
     assert all(torch.equal(p[v].diff(), torch.ones_like(p[v][1:])) for p, v in zip(place, valid, strict=True))
+
+
+def test_rows_are_reversed_within_their_tokens():
+    """Padded anywhere or packed: place, reverse, restore is each row's own tokens backwards."""
+    x = torch.arange(1.0, 13).view(2, 6, 1)
+    assert torch.equal(lay_out(None, None, 6).reverse(x), x.flip(1))
+    mask = torch.tensor([[False, True, True, False, True, True], [False] * 6])
+    layout = lay_out(mask, None, 6)
+    y = layout.restore(layout.reverse(layout.place(x)))
+    assert y[0, :, 0].tolist() == [0, 6, 5, 0, 3, 2] and not y[1].any()
+    layout = lay_out(None, torch.tensor([0, 2, 2, 6], dtype=torch.int32), 6)
+    assert layout.restore(layout.reverse(layout.place(x[:1])))[0, :, 0].tolist() == [2, 1, 6, 5, 4, 3]
