@@ -44,9 +44,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "candidates": [
             ["data.seq_len=512"],
             ["data.seq_len=336"],
-            ["data.seq_len=512", "model.patch_len=16", "model.stride=16"],
             ["data.seq_len=512", "model.head_drop=0.3"],
-            ["data.seq_len=512", "model.proj_drop=0.1"],
             ["data.seq_len=512", "optimizer.lr=3.0e-4"],
         ],
     },

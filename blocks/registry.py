@@ -17,12 +17,15 @@ MixerT = TypeVar("MixerT", bound=type[Mixer])
 
 @dataclass(frozen=True)
 class MixerInfo:
-    """What the registry knows of a mixer; `origin` says where its definition comes from."""
+    """What the registry knows of a mixer; the fields are the arguments of `register_mixer`."""
 
     name: str
     cls: type[Mixer]
     paper: str
     origin: str
+    cost: str = ""
+    kernels: tuple[str, ...] = ()
+    ours: frozenset[str] = frozenset()
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -50,12 +53,25 @@ def did_you_mean(name: str, known: Iterable[str], *, number: int = 3) -> str:
     return f" Did you mean {', '.join(close)}?" if close else f" Known: {', '.join(known)}."
 
 
-def register_mixer(name: str, *, paper: str, origin: str = "paper") -> Callable[[MixerT], MixerT]:
+def register_mixer(
+    name: str,
+    *,
+    paper: str,
+    origin: str = "paper",
+    cost: str = "",
+    kernels: Iterable[str] = (),
+    ours: Iterable[str] = (),
+) -> Callable[[MixerT], MixerT]:
     """Class decorator that puts a `Mixer` subclass into the registry under `name`.
 
     paper: where it is defined, e.g. "arXiv:2012.07436". origin: "paper", "reconstruction" (published description, no
-    public code) or "seqzoo" (our own extension). Raises ValueError for a name that another class already has.
+    public code) or "seqzoo" (our own extension). For the table of capabilities: cost, the growth of the work with the
+    length, in the letters of blocks/README.md; kernels, the operations of `kernels/` that do it; ours, the patterns
+    that the paper does not define. Raises ValueError for a name that another class already has.
     """
+    extensions = frozenset(ours)
+    if not extensions <= set(PATTERNS):
+        raise ValueError(f"ours={sorted(extensions)} must be patterns: {', '.join(PATTERNS)}")
 
     def register(cls: MixerT) -> MixerT:
         known = _REGISTRY.get(name)
@@ -63,7 +79,7 @@ def register_mixer(name: str, *, paper: str, origin: str = "paper") -> Callable[
             raise ValueError(f"the mixer name {name!r} is already taken by {known.cls.__qualname__}")
         if not issubclass(cls, Mixer):
             raise TypeError(f"{cls.__qualname__} must be a subclass of seqzoo.Mixer to be registered")
-        _REGISTRY[name] = MixerInfo(name, cls, paper, origin)
+        _REGISTRY[name] = MixerInfo(name, cls, paper, origin, cost, tuple(kernels), extensions)
         return cls
 
     return register

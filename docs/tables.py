@@ -50,42 +50,77 @@ def shipped(thing: Any) -> bool:
     return thing.__module__.startswith("seqzoo.")
 
 
+ORIGINS = {"paper": "faithful", "reconstruction": "reconstruction", "seqzoo": "ours"}
+
+
 def mixers() -> str:
     from seqzoo import list_mixers, mixer_info
     from seqzoo.blocks.protocol import PATTERNS
 
-    infos = [info for info in map(mixer_info, list_mixers()) if shipped(info.cls)]
-    return markdown(
-        [
+    rows = []
+    for info in map(mixer_info, list_mixers()):
+        if not shipped(info.cls):
+            continue
+        patterns = {p: "ours" if p in info.ours else p in info.patterns for p in PATTERNS}
+        rows.append(
             {
                 "key": f"[`{info.name}`](blocks/mixers/{info.name}.py)",
-                "class": f"`{info.cls.__name__}`",
-                "defined by": paper(info.paper),
-                "origin": info.origin,
-                **{pattern: pattern in info.patterns for pattern in PATTERNS},
-                "streaming": info.streaming,
+                "defined by": f"{paper(info.paper)}, {ORIGINS[info.origin]}",
+                **patterns,
+                "time": info.cost,
+                "state after 1k, 64k tokens": states(info.name) if info.streaming else False,
+                "kernels": ", ".join(f"{op} ({', '.join(backends_of(op))})" for op in info.kernels),
             }
-            for info in infos
-        ]
-    )
+        )
+    return markdown(rows)
+
+
+def states(mixer: str) -> str:
+    """Numbers that one layer of width 64 carries after 1024 and 65536 tokens."""
+    from seqzoo import create_mixer
+
+    options = {"num_heads": 4} if "num_heads" in mixer_options(mixer) else {}
+    layer = create_mixer({"name": mixer, **options}, 64, causal=True)
+    few, many = (f"{layer.state_size(length):,}" for length in (1024, 65536))
+    return few if few == many else f"{few}, {many}"
+
+
+def mixer_options(mixer: str) -> dict[str, Any]:
+    from seqzoo import mixer_info
+
+    return mixer_info(mixer).options
+
+
+def backends_of(op: str) -> list[str]:
+    from seqzoo.kernels.dispatch import backends
+
+    return list(backends()[op])
 
 
 def models() -> str:
+    """A row per family: models that differ in their size only share one."""
     from seqzoo.zoo import list_models, model_info
 
-    infos = [info for info in map(model_info, list_models()) if shipped(info.build)]
-    return markdown(
-        [
+    families: dict[tuple[str, ...], list[Any]] = {}
+    for info in map(model_info, list_models()):
+        if shipped(info.build):
+            key = info.task, info.name.rpartition("_")[0] or info.name, info.cls.__name__
+            families.setdefault(key, []).append(info)
+    sizes = ("tiny", "small", "base")
+    rows = []
+    for (task, _, _), members in sorted(families.items()):
+        members.sort(key=lambda info: sizes.index(s) if (s := info.name.rpartition("_")[2]) in sizes else 9)
+        first = members[0]
+        rows.append(
             {
-                "name": f"`{info.name}`",
-                "task": info.task,
-                "defined by": paper(info.paper),
-                "mixer": "any" if "mixer" in info.options else "its own",
-                "what": info.summary,
+                "names": " ".join(f"`{info.name}`" for info in members),
+                "task": task,
+                "defined by": paper(first.paper),
+                "mixer": "any" if first.options.get("mixer") == "softmax" and task == "forecasting" else "its own",
+                "the smallest": first.summary,
             }
-            for info in infos
-        ]
-    )
+        )
+    return markdown(rows)
 
 
 def results() -> str:

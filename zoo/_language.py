@@ -56,9 +56,7 @@ class LanguageModel(nn.Module):
         if not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size!r} must be a positive integer")
         self.vocab_size = vocab_size
-        embedding = TokenEmbedding(
-            vocab_size, dim, std=embedding_std, scale=embedding_scale, drop=embedding_drop
-        )
+        embedding = TokenEmbedding(vocab_size, dim, std=embedding_std, scale=embedding_scale, drop=embedding_drop)
         backbone = Backbone(
             dim,
             depth,

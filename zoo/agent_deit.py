@@ -52,7 +52,9 @@ class AgentDeiT(ImageClassifier):
             )
         with_agents = depth if num_agent_layers is None else num_agent_layers
         if not 0 <= with_agents <= depth:
-            raise ValueError(f"num_agent_layers={num_agent_layers} must be between 0 and depth={depth}, or None for all")
+            raise ValueError(
+                f"num_agent_layers={num_agent_layers} must be between 0 and depth={depth}, or None for all"
+            )
         side = img_size // patch_size
         self.img_size, self.grid = img_size, (side, side)
         common: dict[str, Any] = {"num_heads": num_heads, "qkv_bias": qkv_bias, "attn_drop": attn_drop}

@@ -62,7 +62,7 @@ _family(
     "agent",
     "Learned agents with a running softmax (the causal form is ours)",
     "arXiv:2312.08874",
-    _heads("agent", agents="learned"),
+    _heads("agent"),
 )
 _family(
     "bi_level_routing",

@@ -84,19 +84,22 @@ class AgentBias(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shapes = {"table": (size,) if grid_size is None else (size, size)}
+        shapes: dict[str, tuple[int, ...]] = {"table": (size,) if grid_size is None else (size, size)}
         if grid_size is not None:
             shapes.update(rows=grid_size[:1], columns=grid_size[1:])
         if num_prefix:
             shapes["prefix"] = (num_prefix,)
-        for name in ("table", "rows", "columns", "prefix"):
-            table = None
-            if name in shapes:
-                table = nn.Parameter(torch.empty(num_heads, num_agents, *shapes[name], device=device, dtype=dtype))
-                nn.init.trunc_normal_(table, std=0.02)
-            self.register_parameter(name, table)
-            if table is not None:
-                tag_parameter(self, name, weight_decay=0.0)
+
+        def table(name: str) -> nn.Parameter:
+            values = torch.empty(num_heads, num_agents, *shapes[name], device=device, dtype=dtype)
+            return nn.Parameter(nn.init.trunc_normal_(values, std=0.02))
+
+        self.table = table("table")
+        self.rows = table("rows") if "rows" in shapes else None
+        self.columns = table("columns") if "columns" in shapes else None
+        self.prefix = table("prefix") if num_prefix else None
+        for name in shapes:
+            tag_parameter(self, name, weight_decay=0.0)
 
     def forward(self, tokens: int, *, height: int = 1, lengths: Tensor | None = None) -> Tensor:
         """tokens: number per row, the prefix included. height, lengths: as `pool_agents`, of those after the prefix."""

@@ -165,13 +165,14 @@ class ChunkAttention(nn.Module):
             start = chunk * torch.arange(groups, device=q.device)
             held = (lengths.unsqueeze(1) - start).clamp(0, chunk).view(-1, 1, 1)  # (R G, 1, 1)
             visible, number = place <= held, held.clamp(min=1)
-        parts = []
-        for part in (q, k, v):
-            part = F.pad(part, (0, 0, 0, groups * chunk - length))
-            parts.append(part.reshape(rows * groups, chunk, part.shape[2]))
+
+        def cut(x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0, 0, groups * chunk - length)).reshape(rows * groups, chunk, x.shape[2])
+
+        q, k, v = cut(q), cut(k), cut(v)
         if visible is not None and not self.causal:
-            parts[2] = parts[2].masked_fill(~visible.transpose(1, 2), 0)
-        o = self._attend(*parts, bias, visible, number)
+            v = v.masked_fill(~visible.transpose(1, 2), 0)
+        o = self._attend(q, k, v, bias, visible, number)
         return o.reshape(rows, groups * chunk, -1)[:, :length]
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, count: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ class DampedEMA(nn.Module):
     gives them the learning rate and weight decay of every other matrix, so they carry no tag.
     """
 
+    delta: nn.Parameter
+    alpha: nn.Parameter
+    beta: nn.Parameter
+    gamma: nn.Parameter
+
     def __init__(
         self,
         dim: int,

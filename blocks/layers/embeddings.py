@@ -19,9 +19,7 @@ class TokenEmbedding(nn.Embedding):
     tied to the table reads it unscaled). drop: dropout. Raises ValueError for tokens that are not integers (B, L).
     """
 
-    def __init__(
-        self, num_tokens: int, dim: int, *, std: float = 0.02, scale: float = 1.0, drop: float = 0.0
-    ) -> None:
+    def __init__(self, num_tokens: int, dim: int, *, std: float = 0.02, scale: float = 1.0, drop: float = 0.0) -> None:
         if num_tokens < 1:
             raise ValueError(f"num_tokens={num_tokens} must be at least 1")
         super().__init__(num_tokens, dim)

@@ -134,7 +134,7 @@ def create_ffn(
 ) -> nn.Module | None:
     """Build a feed-forward layer of width `dim`; None for "none" and None, a block without one.
 
-    ffn: "gelu", "silu", "swiglu", "sglu", "none", None, or a class or factory called as `ffn(dim[, mlp_ratio=], drop=)`.
+    ffn: a name of `FFNS`, "none", None, or a class or factory called as `ffn(dim[, mlp_ratio=], drop=)`.
     mlp_ratio None keeps the default of the layer. Raises ValueError for an unknown name.
     """
     if ffn is None or ffn == "none":

@@ -6,6 +6,7 @@ Letters: R rows, M tokens, D model width, Z width of queries and keys, V width o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ from .chunk_attention import ChunkAttention, ChunkState
 from .projections import reset_normal
 from .rows import Layout, lay_out
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+}
 
 
 def with_residual(layout: Layout, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -152,9 +158,7 @@ class GatedCrossAttention(_Gated):
         self.h_proj = nn.Linear(dim, dim, **where)
         reset_normal(self.q_proj, self.k_proj, self.v_proj, self.h_proj)
 
-    def forward(
-        self, x: Tensor, context: Tensor, residual: Tensor, *, context_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, residual: Tensor, *, context_mask: Tensor | None = None) -> Tensor:
         """x, residual: (R, M, D). context: (R, S, D), of which context_mask, bool (R, S), says what is real."""
         layout = lay_out(context_mask, None, context.shape[1])
         context = layout.real(context)

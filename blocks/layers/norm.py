@@ -96,11 +96,11 @@ class SimpleRMSNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}"
 
 
-class ScaleNorm(nn.Module):
+class ScaleNorm(SimpleRMSNorm):
     """RMSNorm with one gain for all channels: g * x / sqrt(mean(x^2) + eps) (arXiv:1910.05895, in the form of MEGA).
 
     Nguyen and Salazar divide by the norm |x|; MEGA (arXiv:2209.10655) by |x| / sqrt(dim), which only rescales g.
-    The mean square is taken in float32 (float64 for float64 input). dim: channels. eps: added to the mean square.
+    Arguments as `SimpleRMSNorm`.
     """
 
     def __init__(
@@ -111,16 +111,12 @@ class ScaleNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.dim, self.eps = dim, eps
+        super().__init__(dim, eps)
         self.weight = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return (F.rms_norm(x.to(wide), (self.dim,), None, self.eps) * self.weight.to(wide)).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}"
+        return (super().forward(x.to(wide)) * self.weight.to(wide)).to(x.dtype)
 
 
 class BatchNorm(nn.Module):

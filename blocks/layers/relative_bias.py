@@ -56,9 +56,7 @@ class RotaryRelativeBias(RelativeBias):
     dim: of a and b, even. N(0, 0.02) at the start.
     """
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
             raise ValueError(f"relative_bias='rotary' needs an even width, got {dim}; nearest: {max(2, dim // 2 * 2)}")
@@ -89,7 +87,7 @@ def create_relative_bias(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> RelativeBias:
-    """"simple" (with numbers for max_len offsets) or "rotary" (with vectors of width dim). Raises ValueError."""
+    """By name: "simple" has numbers for max_len offsets, "rotary" vectors of width dim. Raises ValueError."""
     if name == "simple":
         return SimpleRelativeBias(max_len, device=device, dtype=dtype)
     if name == "rotary":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,12 @@ from ...kernels.dilated_conv import dilated_conv
 from ..registry import did_you_mean
 from .projections import check_divides
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "none": lambda x: x}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "none": lambda x: x,
+}
 
 
 class DilatedConv(nn.Module):

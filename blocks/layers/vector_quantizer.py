@@ -143,12 +143,13 @@ class VectorQuantizer(nn.Module):
             heads_first = heads_first.masked_fill(~keep.unsqueeze(-1), 0)
         count, total = self._reduce(*cell_sums(heads_first, code.flatten(1), keep, self.codebook_size))
         # Without any token nothing changes; or counts would fade that later tokens would have kept.
-        fresh = (count.sum() > 0).to(count.dtype) * (1 - self.decay)
+        any_token = count.sum() > 0
+        fresh = any_token.to(count.dtype) * (1 - self.decay)
         self.sum.lerp_(total, fresh)
         self.count.lerp_(count, fresh)
         if self.threshold_ema_dead_code > 0:
             self._restart(_real(x, valid))
-        self.updates += 1
+        self.updates += any_token
         if not torch.compiler.is_compiling():
             self._check_collapse()
 
@@ -186,6 +187,9 @@ class VectorQuantizer(nn.Module):
         self.count.masked_fill_(dead, 1)
 
     def _start_with_kmeans(self, x: Tensor) -> None:
+        (number,) = self._reduce(self.count.new_full((1,), len(x)))
+        if number == 0:
+            return
         centres, vectors = self._sample(x), x.movedim(1, 0).to(self.sum.dtype)
         for _ in range(self.kmeans_steps):
             sums = cell_sums(vectors, self._nearest(vectors, centres), None, self.codebook_size)

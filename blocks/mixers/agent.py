@@ -28,7 +28,7 @@ from ..parameters import tag_parameter
 from ..protocol import Mixer, MixerOutput
 from ..registry import did_you_mean, register_mixer
 
-_CAUSAL: dict[str, Any] = {"causal": True, "agents": "learned", "num_heads": 4, "num_agents": 5}
+_CAUSAL: dict[str, Any] = {"causal": True, "num_heads": 4, "num_agents": 5}
 
 
 class AgentState(NamedTuple):
@@ -38,13 +38,20 @@ class AgentState(NamedTuple):
     conv: Tensor | None
 
 
-@register_mixer("agent", paper="arXiv:2312.08874")
+@register_mixer(
+    "agent",
+    paper="arXiv:2312.08874",
+    cost="L D M",
+    kernels=("softmax", "agent_attention"),
+    ours=("causal", "causal-cross"),
+)
 class AgentAttention(Mixer):
     """Attention through `num_agents` agents, linear in the length.
 
     num_heads, head_dim: dim // num_heads where head_dim is None. num_agents: n; a square number in two dimensions.
     agents: "pooled", the mean of the queries in n bins (published), or "learned" (ours, but for the bias and
-        convolution that of agent-attention-pytorch): n vectors per head, standard normal at the start.
+        convolution that of agent-attention-pytorch): n vectors per head, standard normal at the start. None: learned
+        where causal, else pooled.
     grid_size: (height, width) for tokens on a grid: agents are pooled in sqrt(n) x sqrt(n) bins, the convolution is
         square, and the bias has tables for the rows and columns of such a grid. Other grids take interpolated tables;
         tokens that come without `grid` stand on a single row. None: one dimension (ours), where `grid` is not used.
@@ -60,7 +67,7 @@ class AgentAttention(Mixer):
 
     Cross: agents are pooled from the queries of x, keys and values come from the context; no bias, no convolution.
 
-    Causal (ours: the paper has none, and pooled agents see later queries) and causal cross need agents="learned". In
+    Causal (ours: the paper has none, and pooled agents see later queries) and causal cross take learned agents only. In
     the causal form the first softmax runs over the keys so far; its state holds its maximum, normaliser and numerator
     for every head and agent, in float32 (float64), and the last values for the convolution, which looks back only.
 
@@ -95,7 +102,7 @@ class AgentAttention(Mixer):
         num_agents: int = 49,
         causal: bool = False,
         cross: bool = False,
-        agents: Literal["pooled", "learned"] = "pooled",
+        agents: Literal["pooled", "learned"] | None = None,
         grid_size: Sequence[int] | None = None,
         num_prefix_tokens: int = 0,
         agent_bias: bool | None = None,
@@ -122,6 +129,7 @@ class AgentAttention(Mixer):
         self.running = causal and not cross
         biased = self.pattern == "self" if agent_bias is None else agent_bias
         self.conv_kernel = (0 if cross else 3) if conv_kernel is None else conv_kernel
+        agents = ("learned" if causal else "pooled") if agents is None else agents
         self._check_options(agents, biased, bias_size)
         self.scale = self.head_dim**-0.5
         self.broadcast_scale = self.head_dim ** (-0.5 * broadcast_exponent)

@@ -41,7 +41,13 @@ from ..registry import did_you_mean, register_mixer
 _ROUTINGS = ("hard", "soft", "learned")
 
 
-@register_mixer("bi_level_routing", paper="arXiv:2303.08810")
+@register_mixer(
+    "bi_level_routing",
+    paper="arXiv:2303.08810",
+    cost="L D (k W + L / W)",
+    kernels=("block_sparse",),
+    ours=("causal", "cross", "causal-cross"),
+)
 class BiLevelRouting(Mixer):
     """Bi-level routing attention; with causal=True it is CausalBlockRouting, which is ours and not the paper's.
 

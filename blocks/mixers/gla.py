@@ -14,7 +14,7 @@ counted once (its short convolution, if any, looks back in both); gates do not a
 
 Compared with flash-linear-attention 0.6.0: the operation with `naive_recurrent_gla` and `naive_recurrent_simple_gla`
 (outputs and states within 1e-6 in float32), the layer with its `GatedLinearAttention` of copied weights over the naive
-operation (1e-6).
+operation (2e-6).
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class GLAState(NamedTuple):
     conv: Tensor | None = None
 
 
-@register_mixer("gla", paper="arXiv:2312.06635")
+@register_mixer(
+    "gla", paper="arXiv:2312.06635", cost="L D (C + K)", kernels=("gated_linear_attention",), ours=("self",)
+)
 class GatedLinearAttention(Mixer):
     """Linear attention with data-dependent decay; the equations are at the top of this file.
 

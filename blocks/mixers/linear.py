@@ -29,7 +29,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu+1": elu_plus_one, "relu": F.relu}
 
 
-@register_mixer("linear", paper="arXiv:2006.16236")
+@register_mixer("linear", paper="arXiv:2006.16236", cost="L D K", kernels=("linear_attention",))
 class LinearAttention(Mixer):
     """Attention with normalised kernel weights phi(q_i) . phi(k_j), linear in the length.
 

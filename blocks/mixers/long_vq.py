@@ -10,8 +10,10 @@ theorem 3.7). x is the normalised input and `residual` the input as it was:
     h = silu(h0 + W_h (r * o))                           y = sigmoid(u) * (h - residual)
 
 Ours: the norm of queries and keys (that of Transformer-VQ; the keys of MEGA start so small that one codeword would take
-them all: `qk_norm=False` has those); the window of whole blocks, the own one and the one before, without causality the
-one after too; the cross patterns, MEGA's gated cross attention over a quantised context, without memory and window.
+them all: `qk_norm=False` has those), and with it the weights of z from N(0, 1/D) and the gains of q and k from N(0, 1):
+a norm enlarges what a step does to small numbers, and the keys of all tokens would soon be one; the window of whole
+blocks, the own one and the one before, without causality the one after too; the cross patterns, MEGA's gated cross
+attention over a quantised context, without memory and window.
 
 Compared with the public code of Transformer-VQ (JAX 0.10, float32; causal, six blocks, positional terms 0): outputs
 within 5e-7, cells 3e-7, gradient of the input 6e-7, codebook averages 2e-7, commitment loss equal; with
@@ -24,7 +26,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.vq_attention import VQState
@@ -62,7 +64,14 @@ class _GatedAcross(GatedCrossAttention):
         return self._update(u, self.h_proj(o * F.silu(r)), residual), carried
 
 
-@register_mixer("long_vq", paper="arXiv:2404.11163", origin="reconstruction")
+@register_mixer(
+    "long_vq",
+    paper="arXiv:2404.11163",
+    origin="reconstruction",
+    cost="L D (M + C)",
+    kernels=("vq_attention", "ema"),
+    ours=("cross", "causal-cross"),
+)
 class LongVQ(Mixer):
     """Gated attention over a codebook of keys and a local window, on top of a state space memory; see the module.
 
@@ -152,17 +161,26 @@ class LongVQ(Mixer):
             **where,
         )
         check_divides("num_heads", num_heads, self.value_dim, "dim" if cross else "hidden_dim")
-        drops = {"drop": drop, "hidden_drop": hidden_drop}
+        drops: dict[str, Any] = {"drop": drop, "hidden_drop": hidden_drop}
         self.memory: DampedEMA | S4D | None = None
         self.gated: GatedAttention | _GatedAcross
         if cross:
             self.gated = _GatedAcross(dim, scores, **drops, **where)
+            if qk_norm:
+                with torch.no_grad():
+                    for weight in (self.gated.k_proj.weight, self.gated.q_proj.weight[-scores.z_dim :]):
+                        nn.init.normal_(weight, std=dim**-0.5)
             return
         if memory == "ema":
             self.memory = DampedEMA(dim, d_state=d_state, bidirectional=not causal, **where)
         else:
             self.memory = S4D(dim, d_state=d_state, causal=causal, activation="silu", output="none", **where)
         self.gated = GatedAttention(dim, scores, hidden_dim=self.value_dim, **drops, **where)
+        if qk_norm:
+            with torch.no_grad():
+                nn.init.normal_(self.gated.qk_weight)
+                rows = slice(dim, dim + scores.z_dim)  # those of z
+                nn.init.normal_(self.gated.mx_proj.weight[rows], std=dim**-0.5)
 
     @property
     def attention(self) -> VQAttention:

@@ -142,7 +142,9 @@ class _GatedRMSNorm(nn.Module):
         return y * gate if self.norm_before_gate else y
 
 
-@register_mixer("mamba2", paper="arXiv:2405.21060")
+@register_mixer(
+    "mamba2", paper="arXiv:2405.21060", cost="L E (C + N)", kernels=("gated_linear_attention",), ours=("self",)
+)
 class Mamba2(Mixer):
     """The Mamba-2 layer: state space duality behind a short convolution, gated and normalised.
 

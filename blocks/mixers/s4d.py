@@ -24,7 +24,7 @@ class S4DState(NamedTuple):
     x: Tensor
 
 
-@register_mixer("s4d", paper="arXiv:2206.11893")
+@register_mixer("s4d", paper="arXiv:2206.11893", cost="L D N", kernels=("s4d_conv",))
 class S4D(Mixer):
     """y = output(drop(activation(K * u + D u))), a state space of its own in every channel.
 

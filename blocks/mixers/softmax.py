@@ -30,7 +30,7 @@ class _Rows(NamedTuple):
     valid: Tensor | None = None
 
 
-@register_mixer("softmax", paper="arXiv:1706.03762")
+@register_mixer("softmax", paper="arXiv:1706.03762", cost="L^2 D; L W D in a window", kernels=("softmax",))
 class SoftmaxAttention(Mixer):
     """Scaled dot-product attention (arXiv:1706.03762, eq. 1): softmax(scale q k^T + bias) v, per head.
 

@@ -30,7 +30,7 @@ def dilated_conv(
     return_tail: bool = False,
     backend: Literal["auto", "naive", "shifted"] = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """y_t = bias + sum_k W_k x_{t - shift_k}, shift_k = (K - 1 - k) dilation if causal, else ((K - 1) / 2 - k) dilation.
+    """y_t = bias + sum_k W_k x_{t - shift_k}, shift_k = (K - 1 - k) dilation, less (K - 1) / 2 dilation if not causal.
 
     x: (B, L, I). weight: (O, I / groups, K), as `nn.Conv1d` has it; the groups follow from its shape. bias: (O,).
     lengths: int64 (B,), real tokens per row, which stand first; what comes after counts as zero.

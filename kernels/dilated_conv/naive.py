@@ -12,7 +12,9 @@ def tap_shifts(kernel_size: int, dilation: int, causal: bool) -> list[int]:
     return [(kernel_size - 1 - ahead - k) * dilation for k in range(kernel_size)]
 
 
-def dilated_conv_naive(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, dilation: int, causal: bool) -> Tensor:
+def dilated_conv_naive(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, dilation: int, causal: bool
+) -> Tensor:
     """`dilated_conv` with checked arguments: x (B, L, I), zeros beyond lengths; tail (B, P, I), P = 0 without one."""
     batch, length, dim = x.shape
     out, per_group, size = weight.shape

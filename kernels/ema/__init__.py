@@ -68,7 +68,8 @@ def ema(
     dtype = torch.promote_types(torch.promote_types(x.dtype, ahead[0].dtype), torch.float32)
     run = choose_backend("ema", backend, dtype=dtype, device=x.device).run
     if initial_state is not None:
-        initial_state = EmaState(*(None if part is None else part.to(dtype) for part in initial_state))
+        h, tail = initial_state
+        initial_state = EmaState(h.to(dtype), None if tail is None else tail.to(dtype))
     if length == 0:
         return x, _empty(x, ahead, truncation, initial_state, dtype) if return_state else None
     work = x.to(dtype)

@@ -80,7 +80,7 @@ def final_state(
     drive: Tensor, full: Tensor | None, tables: Tables, states: Tensor, lengths: Tensor | None, length: int
 ) -> EmaState:
     """The state after the last real token of each row. drive: (D, B, G, V). full: `with_tail`, or None."""
-    dim, batch, _, width = drive.shape
+    dim, batch = drive.shape[:2]
     chunk = tables.read.shape[2]
     if lengths is None:
         lengths = torch.full((batch,), length, device=drive.device)

@@ -57,13 +57,11 @@ def _recurrence(
     for t in range(length):
         token = x[:, t, :, None]
         after = q * h + weights.b * token
-        after_tail = tail
+        real = torch.ones(batch, dtype=torch.bool, device=x.device) if lengths is None else t < lengths
+        real = real.view(-1, 1, 1)
         if tail is not None:
             after = after - gone * tail[:, 0, :, None]
-            after_tail = torch.cat((tail[:, 1:], x[:, t : t + 1]), 1)
-        real = torch.ones(batch, dtype=torch.bool, device=x.device) if lengths is None else t < lengths
-        h = torch.where(real.view(-1, 1, 1), after, h)
-        if tail is not None:
-            tail = torch.where(real.view(-1, 1, 1), after_tail, tail)
+            tail = torch.where(real, torch.cat((tail[:, 1:], x[:, t : t + 1]), 1), tail)
+        h = torch.where(real, after, h)
         outputs.append((weights.c * after).sum(-1))
     return torch.stack(outputs, 1), EmaState(h, tail)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
@@ -91,10 +93,10 @@ def bidirectional_gated_linear_attention(
             log_decay = log_decay.masked_fill(pads if log_decay.dim() == 4 else pads.squeeze(3), 0)
     wide = accumulation_dtype(v.dtype)  # the two passes and the diagonal are added before they are rounded
     kind, q, k, v = v.dtype, q.to(wide), k.to(wide), v.to(wide)
-    options = {"scale": scale, "chunk_size": chunk_size, "backend": backend}
-    ahead, _ = gated_linear_attention(q, k, v, log_decay, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "backend": backend}
+    ahead, _ = gated_linear_attention(q, k, v, log_decay, **options)
     turned = log_decay if log_decay.dim() == 1 else log_decay.flip(1)
-    behind, _ = gated_linear_attention(q.flip(1), k.flip(1), v.flip(1), turned, **options)  # type: ignore[arg-type]
+    behind, _ = gated_linear_attention(q.flip(1), k.flip(1), v.flip(1), turned, **options)
     return (ahead + behind.flip(1) - diagonal(q, k, v, scale)).to(kind)
 
 

@@ -126,7 +126,7 @@ def _check(
         raise ValueError(f"{OP}: a state needs causal=True")
     if state is not None:
         window = batch, 2 * chunk_size - 1, heads
-        expected = (
+        expected: tuple[tuple[int, ...], ...] = (
             (batch, heads, codebook.shape[1]),
             (batch, heads, codebook.shape[1], v.shape[3]),
             (*window, key),
@@ -134,6 +134,6 @@ def _check(
             window,
             (batch,),
         )
-        got = tuple(tuple(t.shape) for t in state)
-        if got != expected:
-            raise ValueError(f"{OP}: initial_state has shapes {got}, expected {expected}")
+        held = tuple(tuple(t.shape) for t in state)
+        if held != expected:
+            raise ValueError(f"{OP}: initial_state has shapes {held}, expected {expected}")

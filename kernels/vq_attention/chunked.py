@@ -7,6 +7,8 @@ width, M codes, C block length, N blocks, G blocks of a group, W keys in a windo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,29 +46,29 @@ def log_count(count: Tensor) -> Tensor:
 
 def attend(
     q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    local: Tensor | None,
+    near: tuple[Tensor, Tensor, Tensor] | None,
+    far: tuple[Tensor, Tensor] | None,
     codebook: Tensor,
-    count: Tensor | None,
-    mean: Tensor | None,
 ) -> Tensor:
-    """One softmax over a window and cells. q (H, B, G, C, K), k (H, B, G, W, K), v (H, B, G, W, V), local: added to
-    the window's scores. codebook (H, M, K), count (H, B, G, M), mean (H, B, G, M, V)."""
-    scores, window = [], 0
-    if k is not None and local is not None:
+    """One softmax over a window and cells: q (H, B, G, C, K) to (H, B, G, C, V).
+
+    near: k (H, B, G, W, K), v (H, B, G, W, V) and what is added to the scores. far: count (H, B, G, M) and mean
+    (H, B, G, M, V), the cells of the codebook (H, M, K).
+    """
+    scores, values = [], []
+    if near is not None:
+        k, v, local = near
         scores.append(q @ k.mT + local)
-        window = k.shape[-2]
-    if count is not None:
+        values.append(v)
+    if far is not None:
+        count, mean = far
         cells = (q.flatten(1, 3) @ codebook.mT).view(*q.shape[:-1], -1)
         scores.append(cells + log_count(count).unsqueeze(-2))
+        values.append(mean)
     weight = (torch.cat(scores, -1) if len(scores) > 1 else scores[0]).softmax(-1)
-    if mean is None:
-        return weight @ v
-    if v is None:
-        return weight @ mean
-    near, far = weight.split((window, weight.shape[-1] - window), -1)
-    return near @ v + far @ mean
+    parts = weight.split([part.shape[-1] for part in scores], -1)
+    terms = [part @ value for part, value in zip(parts, values, strict=True)]
+    return terms[0] + terms[1] if len(terms) > 1 else terms[0]
 
 
 def window(x: Tensor, blocks: int) -> Tensor:
@@ -95,7 +97,7 @@ def _group(
     None where no block lies beyond a window.
     """
     wide = k.shape[2] - q.shape[2] + 1
-    count = mean = carry = None
+    far = carry = None
     if before is not None:
         number, total = cell_sums(v, code, valid, codebook.shape[1])
         size = q.shape[2]
@@ -112,11 +114,11 @@ def _group(
                 for end, part in zip(after, (number, total), strict=True)
             )
             count, total_seen = count + numbers, total_seen + totals
-        mean = means(count, total_seen)
+        far = count, means(count, total_seen)
     if valid is not None:
         hidden = valid.new_zeros(valid.shape, dtype=q.dtype).masked_fill(~valid, MASKED)
         local = local + window(hidden.unsqueeze(-1), wide).mT
-    return attend(q, window(k, wide), window(v, wide), local, codebook, count, mean), carry
+    return attend(q, (window(k, wide), window(v, wide), local), far, codebook), carry
 
 
 def _run(
@@ -149,9 +151,11 @@ def _run(
     for index, first in enumerate(firsts):
         last = min(first + step, blocks)
         part = slice(first, last + wide - 1)
-        arguments = (
+        arguments: Any = (
             q[:, :, first:last],
-            *(t[:, :, part] for t in (k, v, code)),
+            k[:, :, part],
+            v[:, :, part],
+            code[:, :, part],
             None if valid is None else valid[:, :, part],
             local,
             codebook,
@@ -212,15 +216,15 @@ def _fresh(
         valid = ((at >= 0) & (at < end.unsqueeze(1))).unflatten(1, (every, size)).unsqueeze(0)
         if lengths is not None:
             v = v.masked_fill((at[front * size :][:length] >= end.unsqueeze(1))[None, ..., None], 0)
-    keys = (*(_blocks(t, front, every, size) for t in (k, v, code)), valid)
+    k, v, code = (_blocks(t, front, every, size) for t in (k, v, code))
     i = torch.arange(size, device=q.device).unsqueeze(1)
     distance = front * size + i - torch.arange((1 + front + behind) * size, device=q.device)
     local = _local(bias, distance, causal, chunk, q.dtype)[:, None, None]
     before = None
     if blocks > 2:
         count = q.new_zeros(*q.shape[:2], codebook.shape[1])
-        before = count, count.new_zeros(*count.shape, v.shape[-1])
-    o = _run(_blocks(q, 0, blocks, size), keys, local, codebook, before, behind)
+        before = (count, count.new_zeros(*count.shape, v.shape[-1]))
+    o = _run(_blocks(q, 0, blocks, size), (k, v, code, valid), local, codebook, before, behind)
     return o.flatten(2, 3)[:, :, :length]
 
 
@@ -239,17 +243,18 @@ def _continued(
     slot i of the shifted row is token (b - 1) C + i, b the block that the first new token falls into.
     """
     seen, length = state.length, q.shape[2]
-    cells = state.count.transpose(0, 1), state.mean.transpose(0, 1)
+    cells = state.number.transpose(0, 1), state.mean.transpose(0, 1)
     first = ((seen.div(chunk, rounding_mode="floor") - 1) * chunk).clamp(min=0)
     if length == 1:  # one query at the end of the window, which needs no blocks
         at = torch.arange(-2 * chunk + 1, 1, device=q.device) + seen.unsqueeze(1)
         visible = (at >= first.unsqueeze(1)) & (at < (seen + new).unsqueeze(1))
         table = _local(bias, torch.arange(2 * chunk - 1, -1, -1, device=q.device), True, chunk, q.dtype)
-        local = table[:, None, None, None] + torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, MASKED)[
-            None, :, None, None
-        ]
+        local = (
+            table[:, None, None, None]
+            + torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, MASKED)[None, :, None, None]
+        )
         k, v = (_heads_first(t, q.dtype).unsqueeze(2) for t in joined[:2])
-        o = attend(q.unsqueeze(2), k, v, local, codebook, cells[0].unsqueeze(2), cells[1].unsqueeze(2))
+        o = attend(q.unsqueeze(2), (k, v, local), (cells[0].unsqueeze(2), cells[1].unsqueeze(2)), codebook)
         return o.squeeze(2)
     phase = (seen % chunk).unsqueeze(1)
     every = -(-(2 * chunk - 1 + length) // chunk)
@@ -259,7 +264,8 @@ def _continued(
     place = (slot + chunk - 1 - phase).clamp(max=joined[0].shape[1] - 1)
     k, v, code = (_heads_first(gather_rows(t, place)) for t in joined)
     k, v = k.to(q.dtype), v.to(q.dtype).masked_fill(~valid[None, ..., None], 0)
-    keys = (*(t.unflatten(2, (every, chunk)) for t in (k, v, code)), valid.unflatten(1, (every, chunk)).unsqueeze(0))
+    k, v, code = (t.unflatten(2, (every, chunk)) for t in (k, v, code))
+    keys = k, v, code, valid.unflatten(1, (every, chunk)).unsqueeze(0)
     place = (slot[chunk:] - chunk - phase).clamp(0, length - 1)
     q = q.gather(2, place[None, :, :, None].expand(q.shape[0], -1, -1, q.shape[3])).unflatten(2, (every - 1, chunk))
     i = torch.arange(chunk, device=q.device).unsqueeze(1)
@@ -296,7 +302,7 @@ def chunked_vq_attention(
                 valid = (torch.arange(v.shape[1], device=v.device) < lengths.unsqueeze(1)).unsqueeze(0)
                 values = values.masked_fill(~valid.unsqueeze(-1), 0)
             count, total = (t.unsqueeze(2) for t in cell_sums(values, _heads_first(code), valid, book.shape[1]))
-            o = attend(queries.unsqueeze(2), None, None, None, book, count, means(count, total)).squeeze(2)
+            o = attend(queries.unsqueeze(2), None, (count, means(count, total)), book).squeeze(2)
             return o.movedim(0, 2).to(v.dtype), None
         if state is None:
             keys = _heads_first(k, acc), _heads_first(v, acc), _heads_first(code)

@@ -30,7 +30,7 @@ def naive_vq_attention(
 
     s_ij = scale q_i . k_j + bias[i - j] where the blocks of i and j are the same or neighbours, elsewhere
     scale q_i . c_j, the codeword of j, without a gradient. The cells of the state are M more keys, each counted
-    `count` times. Needs L x S memory.
+    `number` times. Needs L x S memory.
     """
     acc = accumulation_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
@@ -67,7 +67,7 @@ def naive_vq_attention(
                 visible_B1S = visible_B1S & (at_BS >= first[:, None])[:, None]
         s_BHLS = s_BHLS.masked_fill(~visible_B1S[:, None], MASKED)
         if state is not None:
-            cells = torch.einsum("blhk,hmk->bhlm", q_BLHK, book_HMK) + state.count.log()[:, :, None].clamp(min=MASKED)
+            cells = torch.einsum("blhk,hmk->bhlm", q_BLHK, book_HMK) + state.number.log()[:, :, None].clamp(min=MASKED)
             s_BHLS = torch.cat((s_BHLS, cells), -1)
         w_BHLS = s_BHLS.softmax(-1)
         o = torch.einsum("bhls,bshv->blhv", w_BHLS[..., : v_BSHV.shape[1]], v_BSHV)

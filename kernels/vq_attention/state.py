@@ -13,12 +13,12 @@ MASKED = -1e30  # below every score, and finite: where nothing is visible the we
 class VQState(NamedTuple):
     """The cells of all blocks older than the previous one, and the newest T = 2 C - 1 tokens.
 
-    count (B, H, M), mean (B, H, M, V): tokens in a cell and the mean of their values, float32 or float64.
+    number (B, H, M), mean (B, H, M, V): tokens in a cell and the mean of their values, float32 or float64.
     k (B, T, H, K), v (B, T, H, V), code int64 (B, T, H): the newest tokens, the last one in the last slot; slots
     that no token has reached hold zeros. length: int64 (B,), tokens seen.
     """
 
-    count: Tensor
+    number: Tensor
     mean: Tensor
     k: Tensor
     v: Tensor
@@ -70,15 +70,18 @@ def extend(state: VQState, k: Tensor, v: Tensor, code: Tensor) -> tuple[Tensor, 
     )
 
 
-def advance(state: VQState, joined: tuple[Tensor, Tensor, Tensor], new: Tensor, count: Tensor, total: Tensor) -> VQState:
+def advance(
+    state: VQState, joined: tuple[Tensor, Tensor, Tensor], new: Tensor, count: Tensor, total: Tensor
+) -> VQState:
     """The next state. joined: from `extend`. new: int64 (B,), real ones of the new tokens. count (B, H, M) and
     total (B, H, M, V): how many tokens left the window for a cell, and the sum of their values."""
     size = state.k.shape[1]
     newest = new[:, None] + torch.arange(size, device=new.device)
-    together = state.count + count
+    together = state.number + count
     # A running mean: a cell that nothing enters keeps its bits, however long the stream.
     step = (total - count[..., None] * state.mean) / together.clamp(min=1)[..., None]
-    return VQState(together, state.mean + step, *(gather_rows(t, newest) for t in joined), state.length + new)
+    k, v, code = (gather_rows(part, newest) for part in joined)
+    return VQState(together, state.mean + step, k, v, code, state.length + new)
 
 
 def leaving(state: VQState, chunk: int, new: Tensor, slots: int) -> Tensor:

@@ -119,6 +119,36 @@ def test_cross_mixer_reads_the_context_and_stays_causal():
     assert not torch.allclose(backbone(x, context + 1).y[:, 0], y[:, 0])
 
 
+def test_norms_may_come_after_the_sums():
+    backbone = Backbone(16, 1, mixer="softmax", cross_mixer="softmax", prenorm=False, final_norm=False).double().eval()
+    (block,) = backbone.blocks
+    x, context = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 4, 16, dtype=torch.float64)
+    want = block.norm_mixer(x + block.mixer(x).y)
+    want = block.norm_cross(want + block.cross_mixer(want, context).y)
+    want = block.norm_ffn(want + block.ffn(want))
+    torch.testing.assert_close(backbone(x, context).y, want)
+
+
+def test_gated_mixers_are_given_the_residual():
+    """x before its norm, to the mixer and to the cross mixer."""
+    backbone = Backbone(16, 1, mixer="mega", cross_mixer="mega", ffn="none", final_norm=False).double().eval()
+    (block,) = backbone.blocks
+    x, context = 5 + torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 4, 16, dtype=torch.float64)
+    want = x + block.mixer(block.norm_mixer(x), residual=x).y
+    want = want + block.cross_mixer(block.norm_cross(want), context, residual=want).y
+    torch.testing.assert_close(backbone(x, context).y, want)
+
+
+def test_batch_norms_do_not_count_pads():
+    backbone = Backbone(16, 2, mixer="linear", norm="batchnorm").double()
+    rows = [torch.randn(n, 16, dtype=torch.float64) for n in (9, 4)]
+    x, mask = torch.full((2, 11, 16), 1e3, dtype=torch.float64), torch.zeros(2, 11, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        x[i, : len(row)], mask[i, : len(row)] = row, True
+    packed = backbone(torch.cat(rows)[None], cu_seqlens=torch.tensor([0, 9, 13], dtype=torch.int32)).y[0]
+    torch.testing.assert_close(backbone(x, mask=mask).y[mask], packed)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

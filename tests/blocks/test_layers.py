@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from seqzoo.blocks.layers.ffn import GeluMLP, SwiGLU, create_ffn
-from seqzoo.blocks.layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm, create_norm
+from seqzoo.blocks.layers.ffn import GeluMLP, SiluMLP, SwiGLU, create_ffn
+from seqzoo.blocks.layers.norm import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, SimpleRMSNorm, create_norm
 from seqzoo.blocks.layers.rows import lay_out, packed_groups, rank_order, take
 
 
@@ -42,6 +42,31 @@ def test_norms_keep_the_dtype_and_take_statistics_in_float32(kind):
     assert norm.bfloat16()(x).dtype == torch.bfloat16
 
 
+def test_scale_norm_is_its_formula():
+    norm = moved(ScaleNorm(12, eps=1e-2).double())
+    assert norm.weight.shape == (1,)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    want = norm.weight * x / ((x**2).mean(-1, keepdim=True) + 1e-2).sqrt()
+    torch.testing.assert_close(norm(x), want, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_is_torchs_over_the_real_tokens():
+    """In training, then in eval with the running statistics; pads count in neither and come out as 0."""
+    norm, theirs = moved(BatchNorm(6).double()), nn.BatchNorm1d(6).double()
+    theirs.load_state_dict(norm.norm.state_dict())
+    x = torch.randn(3, 7, 6, dtype=torch.float64) * 3 + 1
+    mask = torch.rand(3, 7) > 0.4
+    for mode in (True, False):
+        norm.train(mode), theirs.train(mode)
+        torch.testing.assert_close(norm(x), theirs(x.transpose(1, 2)).transpose(1, 2), rtol=1e-12, atol=1e-12)
+        y = norm(torch.where(mask[..., None], x, 1e6), mask)
+        torch.testing.assert_close(y[mask], theirs(x[mask]), rtol=1e-12, atol=1e-12)
+        assert not y[~mask].any()
+        assert not norm(x, torch.zeros_like(mask)).any()
+    torch.testing.assert_close(norm.norm.running_var, theirs.running_var)
+    assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(norm).norm, nn.SyncBatchNorm)
+
+
 def test_create_norm():
     assert isinstance(create_norm("layernorm", 8), LayerNorm)
     assert create_norm("rmsnorm", 8).eps == 1e-6
@@ -58,6 +83,17 @@ def test_gelu_mlp_is_its_formula():
     h = x @ layer.up_proj.weight.T + layer.up_proj.bias
     h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
     want = h @ layer.down_proj.weight.T + layer.down_proj.bias
+    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+
+
+def test_silu_mlp_is_its_formula():
+    layer = SiluMLP(64, drop=0.25, hidden_drop=0.5)
+    assert layer.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1) and not layer.up_proj.bias.any()
+    assert (layer.drop.p, layer.hidden_drop.p, SiluMLP(4, drop=0.25).hidden_drop.p) == (0.25, 0.5, 0.25)
+    layer = moved(SiluMLP(6).double())
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    h = x @ layer.up_proj.weight.T + layer.up_proj.bias
+    want = (h / (1 + torch.exp(-h))) @ layer.down_proj.weight.T + layer.down_proj.bias
     torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
 
 

@@ -122,7 +122,9 @@ def test_without_activation_it_is_a_toeplitz_matrix(causal):
 
 
 @pytest.mark.parametrize("num_convs", [1, 2])
-@pytest.mark.parametrize(("size", "factor", "depth"), [(3, 2, 3), (3, 3, 3), (5, 4, 2), (2, 1, 3), (3, 5, 2), (4, 7, 2)])
+@pytest.mark.parametrize(
+    ("size", "factor", "depth"), [(3, 2, 3), (3, 3, 3), (5, 4, 2), (2, 1, 3), (3, 5, 2), (4, 7, 2)]
+)
 def test_receptive_field_by_autograd(size, factor, depth, num_convs):
     """R = 1 + n (K - 1) (f^D - 1) / (f - 1) exactly; without gaps for one convolution per block iff f <= K."""
     options = {"kernel_size": size, "dilation_factor": factor, "depth": depth, "num_convs": num_convs}

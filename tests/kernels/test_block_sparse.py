@@ -210,8 +210,22 @@ def test_tiles_hold_every_query_and_choice_once(length, q_block):
 def test_sorted_tiles_are_few():
     """However uneven the choices, at most one tile per block is not full."""
     for index in (torch.zeros(1, 512, 1, dtype=torch.int64), torch.arange(512).view(1, -1, 1) % 10):
-        used = sum(int((t.rows >= 0).any(1).sum()) for t in plan(index, 512, 10, 1, 1 << 20, whole=False))
-        assert used <= 512 // TILE + 10
+        assert sum(len(t.rows) for t in plan(index, 512, 10, 1, 1 << 20, whole=False)) <= 512 // TILE + 10
+
+
+def test_steps_and_places_do_not_depend_on_later_choices():
+    """All steps hold as many tiles, and a query stands in the same row of its tile, so that rounding cannot tell."""
+
+    def laid_out(index):
+        steps = list(plan(index, 200, 9, 1, 1 << 20, whole=False))
+        rows = torch.cat([t.rows for t in steps])
+        places = (rows.unsqueeze(0) == torch.arange(60).view(-1, 1, 1)).nonzero()  # of the first 60 queries
+        return {len(t.rows) for t in steps}, places[:, [0, 2]].tolist()
+
+    first = torch.randint(9, (1, 200, 1), generator=torch.Generator().manual_seed(0))
+    want = laid_out(first)
+    for choice in (-1, 0, 4, 8):
+        assert laid_out(torch.cat((first[:, :60], torch.full((1, 140, 1), choice)), 1)) == want
 
 
 def test_route_takes_the_largest_and_of_equals_the_lowest():

@@ -95,9 +95,7 @@ def test_the_state_and_its_gradient_are_those_of_the_recurrence(backend, truncat
     raw = parameters(1)
     inputs = [before, x, *raw]
     _, state = ema(before, weights(raw), truncation=truncation, return_state=True, backend=backend)
-    y, last = ema(
-        x, weights(raw), truncation=truncation, initial_state=state, return_state=True, backend=backend
-    )
+    y, last = ema(x, weights(raw), truncation=truncation, initial_state=state, return_state=True, backend=backend)
     cotangent, on_h = normal(2, length, D, seed=9), normal(2, D, N, seed=11)
     want = dense(x, raw, truncation=truncation, before=before)
     same(y, want)

@@ -172,7 +172,7 @@ def test_a_stream_equals_the_whole_with_gradients(backend, sizes, chunk, groups)
             for h in range(H):
                 count[b, h, code[b, t, h]] += 1
                 total[b, h, code[b, t, h]] += v[b, t, h].detach()
-    assert torch.equal(state.count, count) and (state.length == 31).all()
+    assert torch.equal(state.number, count) and (state.length == 31).all()
     close(state.mean, total / count.clamp(min=1)[..., None])
 
 
@@ -203,7 +203,7 @@ def test_rows_of_a_stream_advance_by_their_own_lengths(backend, groups):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_window_a_key_is_its_codeword(backend):
-    q, k, v, code, book, _ = draw(3, 7, 1, True, source=19)
+    q, _, v, code, book, _ = draw(3, 7, 1, True, source=19)
     got, _ = vq_attention(q, None, v, code, book, scale=0.5, backend=backend)
     dense = torch.einsum("blhk,bshk->bhls", 0.5 * q, book[torch.arange(H), code]).softmax(-1)
     want = torch.einsum("bhls,bshv->blhv", dense, v)
@@ -222,7 +222,9 @@ def test_the_past_keeps_its_bits_when_the_future_changes():
     for cut in (1, 5, 6, 20, 39):
         other = [torch.cat([t[:, :cut], t[:, cut:] + 1e3], 1) for t in (q, k, v)]
         codes = torch.cat([code[:, :cut], (code[:, cut:] + 1) % M], 1)
-        a, b = (vq_attention(*x, book, chunk_size=3, causal=True, bias=bias)[0] for x in ((q, k, v, code), (*other, codes)))
+        a, b = (
+            vq_attention(*x, book, chunk_size=3, causal=True, bias=bias)[0] for x in ((q, k, v, code), (*other, codes))
+        )
         assert torch.equal(a[:, :cut], b[:, :cut]) and not torch.equal(a, b)
 
 
@@ -231,7 +233,7 @@ def test_gradcheck():
 
     def run(q, v, bias, mean):
         state = empty_state(1, 2, M, H, K, V, dtype=q.dtype)
-        state = state._replace(mean=mean, count=torch.full_like(state.count, 3.0))
+        state = state._replace(mean=mean, number=torch.full_like(state.number, 3.0))
         o, last = vq_attention(q, k, v, code, book, chunk_size=2, causal=True, bias=bias, initial_state=state,
                                return_state=True)  # fmt: skip
         return o, last.mean
@@ -317,9 +319,9 @@ def test_cell_sums_token_by_token():
 
 
 def test_empty_input_and_state_size():
-    q, k, v, code, book, bias = (t.detach() for t in draw(2, 6, 4, True))
+    q, k, v, code, book, _ = (t.detach() for t in draw(2, 6, 4, True))
     state = empty_state(2, 4, M, H, K, V, dtype=torch.bfloat16)
-    assert state.count.dtype == state.mean.dtype == torch.float32 and state.k.dtype == torch.bfloat16
+    assert state.number.dtype == state.mean.dtype == torch.float32 and state.k.dtype == torch.bfloat16
     none = slice(0, 0)
     o, same = vq_attention(q[:, none], k[:, none], v[:, none], code[:, none], book, chunk_size=4, causal=True,
                            initial_state=state, return_state=True)  # fmt: skip

@@ -68,7 +68,7 @@ def test_the_language_model_scales_its_embedding_and_ends_in_a_bare_norm():
     torch.testing.assert_close(model.model.embedding(tokens), 8 * table[:7][None])
     features = model.model.forward_features(tokens).y
     torch.testing.assert_close(features.mean(-1), torch.zeros(1, 7), atol=1e-5, rtol=0)
-    torch.testing.assert_close(features.var(-1, unbiased=False), torch.ones(1, 7), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features.var(-1, unbiased=False), torch.ones(1, 7), atol=1e-2, rtol=0)
     torch.testing.assert_close(model(tokens).y, features @ table.T)
     assert not list(model.backbone.norm.parameters())
 
