@@ -1,6 +1,6 @@
 """Multi-query associative recall: what each causal mixer remembers, against the number of pairs and its state.
 
-    python benchmarks/recall.py [--mixers softmax mamba2] [--steps 4000]
+    python benchmarks/recall.py [--mixers softmax mamba2] [--steps 1500] [--rates 1e-3 3e-3]
 
 The task (MQAR, Arora et al., arXiv:2312.04927, recipe of their public code at a smaller vocabulary): a row holds n
 pairs (key, value), keys and values drawn without replacement from two halves of the vocabulary; each key comes once
@@ -10,7 +10,8 @@ random tokens that are no key of the row (the public recipe lets them collide, w
 Every mixer sits in the same model (a causal convolution of three taps after the embedding, as in the public hybrids,
 then two blocks of width 64 with a GELU feed-forward; no positions) and sees the same batches for the same number of
 steps on one thread, at each learning rate of --rates, of which the best on validation rows is kept. Test rows are
-others; those of 256 tokens are twice as long as any in training. Writes benchmarks/results/recall.json and, with matplotlib, docs/pictures/recall.png.
+others; those of 256 tokens are twice as long as any in training. Writes benchmarks/results/recall.json and, with
+matplotlib, docs/pictures/recall.png.
 """
 
 from __future__ import annotations
@@ -128,9 +129,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixers", nargs="+", default=None, help="by default all that support the pattern causal")
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 4e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -17,7 +17,7 @@ attention over a quantised context, without memory and window.
 
 Compared with the public code of Transformer-VQ (JAX 0.10, float32; causal, six blocks, positional terms 0): outputs
 within 5e-7, cells 3e-7, gradient of the input 6e-7, codebook averages 2e-7, commitment loss equal; with
-vector-quantize-pytorch 1.32.0: codes equal, averages within 1e-6 (tests/blocks/test_vector_quantizer.py).
+vector-quantize-pytorch 1.32.0 over 100 updates: codes equal, sums within 1e-6, counts equal.
 """
 
 from __future__ import annotations

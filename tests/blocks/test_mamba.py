@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from seqzoo.blocks.mixers import mamba
 from seqzoo.blocks.mixers.mamba import Mamba, MambaState
 from seqzoo.blocks.parameters import parameter_groups
 from seqzoo.blocks.protocol import state_elements
 from seqzoo.blocks.registry import create_mixer
+from seqzoo.kernels.selective_scan import selective_scan
 
 
 def build(dim=6, dtype=torch.float64, **options):
@@ -132,14 +134,23 @@ def test_counts():
     assert state_elements(state) == mixer.state_size(7) == mixer.state_size(0) == inner * (states + 3)
 
 
-def test_time_steps_and_states_stay_in_float32_under_autocast():
-    mixer, x = build(16, dtype=torch.float32, causal=True), sequence(1, 9, 16).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        state = mixer(x, state=mixer.init_state(1)).state
+@pytest.mark.parametrize("autocast", [True, False])
+def test_scan_and_state_are_computed_in_float32(autocast, monkeypatch):
+    """Under bfloat16 autocast and with bfloat16 weights: dt and a reach the kernel in float32, the state stays so."""
+    seen = []
+
+    def kernel(*tensors, **options):
+        seen.extend(tensors[i].dtype for i in (1, 2))
+        return selective_scan(*tensors, **options)
+
+    monkeypatch.setattr(mamba, "selective_scan", kernel)
+    mixer, x = build(16, dtype=torch.float32 if autocast else torch.bfloat16, causal=True), sequence(1, 9, 16)
+    state = mixer.init_state(1)
     assert state.h.dtype == torch.float32
-    half = build(16, dtype=torch.bfloat16, causal=True)
-    state = half(x.bfloat16(), state=half.init_state(1)).state
-    assert (state.conv.dtype, state.h.dtype) == (torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        state = mixer(x.to(state.conv.dtype), state=state).state
+    assert set(seen) == {torch.float32} and state.h.dtype == torch.float32
+    assert state.conv.dtype == mixer.in_proj.weight.dtype
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from seqzoo.blocks.mixers import mamba2
 from seqzoo.blocks.mixers.mamba2 import Mamba2, Mamba2State
 from seqzoo.blocks.parameters import parameter_groups
 from seqzoo.blocks.protocol import state_elements
 from seqzoo.blocks.registry import create_mixer
+from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 
 
 def build(dim=8, dtype=torch.float64, **options):
@@ -186,14 +188,23 @@ def test_counts():
     assert state_elements(state) == mixer.state_size(7) == mixer.state_size(0) == inner * 16 + 3 * channels
 
 
-def test_scan_and_states_stay_in_float32_under_autocast():
-    mixer, x = build(16, dtype=torch.float32, causal=True), sequence(1, 9, 16).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        state = mixer(x, state=mixer.init_state(1)).state
+@pytest.mark.parametrize("autocast", [True, False])
+def test_scan_and_state_are_computed_in_float32(autocast, monkeypatch):
+    """Under bfloat16 autocast and with bfloat16 weights: what the kernel gets is float32, and so is the state."""
+    seen = []
+
+    def kernel(*tensors, **options):
+        seen.extend(tensors[i].dtype for i in (0, 1, 2, 3))
+        return gated_linear_attention(*tensors, **options)
+
+    monkeypatch.setattr(mamba2, "gated_linear_attention", kernel)
+    mixer, x = build(16, dtype=torch.float32 if autocast else torch.bfloat16, causal=True), sequence(1, 9, 16)
+    state = mixer.init_state(1)
     assert state.h.dtype == torch.float32
-    half = build(16, dtype=torch.bfloat16, causal=True)
-    state = half(x.bfloat16(), state=half.init_state(1)).state
-    assert (state.conv.dtype, state.h.dtype) == (torch.bfloat16, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        state = mixer(x.to(state.conv.dtype), state=state).state
+    assert set(seen) == {torch.float32} and state.h.dtype == torch.float32
+    assert state.conv.dtype == mixer.in_proj.weight.dtype
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,7 @@ def test_memory_is_linear_and_has_no_state_per_token():
     with LargestTensor() as seen:
         y, _ = run(tensors)
         y.sum().backward()
-    chunk = default_chunk(1, 4096, 32, 16, "cpu")
-    assert 0 < seen.largest <= max(4096 * 32, (chunk + 1) * 32 * 16)
+    assert 0 < seen.largest <= 1.1 * 4096 * 32  # a chunk's buffers are about as large here
     with LargestTensor() as seen, torch.no_grad():  # positive control: one chunk is (L, E, N)
         run([t[:, :512] if t.dim() == 3 and t.shape[1] == 4096 else t for t in tensors], chunk_size=512)
     assert seen.largest >= 512 * 32 * 16

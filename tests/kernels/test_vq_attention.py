@@ -289,20 +289,33 @@ def test_autocast_does_not_reach_inside():
     assert torch.equal(got, want)
 
 
-def test_nothing_grows_with_the_square_of_the_length():
-    """No tensor that autograd keeps is as large as a score for every pair."""
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_for_the_backward_pass(causal, monkeypatch):
+    """Of several groups of blocks, autograd keeps no scores and no cells: a few numbers per token, none per pair."""
+    monkeypatch.setattr(chunked, "TOKENS", 256)
     length, chunk = 2000, 16
-    q, k, v, code, book, bias = draw(1, length, chunk, False, dtype=torch.float32)
-    largest = 0
+    q, k, v, code, book, bias = draw(1, length, chunk, causal, dtype=torch.float32)
+    kept = {}
 
     def note(tensor):
-        nonlocal largest
-        largest = max(largest, tensor.numel())
+        kept[tensor.data_ptr(), tensor.numel()] = tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        vq_attention(q, k, v, code, book, chunk_size=chunk, bias=bias)
-    assert 0 < largest < 40 * length * H < length**2 / 20
+        vq_attention(q, k, v, code, book, chunk_size=chunk, causal=causal, bias=bias)
+    assert sum(kept.values()) < 60 * length < H * length * (M + 2 * chunk)  # the right one: the scores alone
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_codebook_gets_no_gradient(backend):
+    q, k, v, code, book, bias = draw(1, 20, 3, True)
+    book.requires_grad_()
+    state = empty_state(1, 3, M, H, K, V, dtype=q.dtype)
+    o, _ = vq_attention(
+        q, k.detach(), v, code, book, chunk_size=3, causal=True, bias=bias, initial_state=state, backend=backend
+    )
+    plain, _ = vq_attention(q, None, v, code, book, backend=backend)
+    assert torch.autograd.grad((o + plain).sum(), book, allow_unused=True) == (None,)
 
 
 def test_cell_sums_token_by_token():

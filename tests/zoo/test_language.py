@@ -25,13 +25,17 @@ def test_published_parameter_counts(name, count):
 
 @pytest.mark.parametrize("name", [n for n in list_models(task="text") if n.endswith("_tiny")])
 def test_a_text_model(name):
-    """Logits, a gradient in every parameter, and a stream that equals the whole."""
+    """Logits, a gradient in every parameter, and, where there is a state, a stream that equals the whole."""
     model, x = create_model(name), tokens(2, 13)
     out = model(x)
     assert out.y.shape == (2, 13, 256) and out.state is None
     torch.nn.functional.cross_entropy(out.y[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not bool((p.grad != 0).any())] == []
     model, parts = model.eval().double(), []
+    if not model.backbone.streaming:
+        with pytest.raises(ValueError, match="carries no state"):
+            model.init_state(2)
+        return
     state = model.init_state(2, dtype=torch.float64)
     for part in x.split([6, 1, 1, 5], 1):
         y, state, _ = model(part, state=state)
