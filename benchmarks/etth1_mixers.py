@@ -13,6 +13,9 @@ from pathlib import Path
 
 from _runs import ROOT, fit, write_result
 
+# 512 steps are 21 patches: fewer agents than those, and small regions; everything else is the mixer's default.
+OPTIONS = {"agent": ["mixer.num_agents=9"], "bi_level_routing": ["mixer.region_size=4"]}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,6 +35,7 @@ def main() -> None:
                 "experiment=forecasting/etth1_patch",
                 f"mixer={mixer}",
                 f"seed={options.seed}",
+                *OPTIONS.get(mixer, []),
                 *options.overrides,
             ],
             options.runs / f"etth1_patch_{mixer}",

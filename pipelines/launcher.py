@@ -118,15 +118,25 @@ def _hydra(request: Request, overrides: Sequence[str], wants_traceback: bool) ->
 
     saved = list(sys.argv)
     sys.argv[:] = [saved[0], *overrides, *request.flags]
+    handlers = list(logging.getLogger().handlers)
     try:
         # With this variable Hydra raises its errors instead of printing them over several lines and exiting.
         with variable(_FULL_ERROR, "1"):
             hydra.main(version_base="1.3", config_path="pkg://seqzoo.conf", config_name="config")(task)()
     finally:
         sys.argv[:] = saved
+        _restore_handlers(handlers)
         if jobs:
             _print_jobs(jobs)
     return OK if not any(statuses) else statuses[0] if len(statuses) == 1 else FAILED
+
+
+def _restore_handlers(before: list[logging.Handler]) -> None:
+    """Take away the handlers that Hydra set up: the folder of run.log may be gone when the process logs again."""
+    root = logging.getLogger()
+    for handler in set(root.handlers) - set(before):
+        handler.close()
+    root.handlers[:] = before
 
 
 def _as_typed(overrides: Any) -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 
-from ..blocks.layers.vector_quantizer import VectorQuantizer
 from ..blocks.parameters import parameter_groups
 from ..blocks.registry import did_you_mean
 from .errors import UserError
@@ -19,8 +20,12 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULERS = ("none", "cosine", "wsd", "informer")
 
 
-def create_optimizer(module: nn.Module, options: dict[str, Any]) -> torch.optim.Optimizer:
-    """adam, adamw or sgd over `parameter_groups(module)`; options: name, lr, weight_decay, betas or momentum."""
+def create_optimizer(module: nn.Module, options: dict[str, Any], *, fused: bool = True) -> torch.optim.Optimizer:
+    """adam, adamw or sgd over `parameter_groups(module)`; options: name, lr, weight_decay, betas or momentum.
+
+    fused: one pass over the parameters instead of a dozen, the same numbers up to rounding; False under a gradient
+    scaler, whose gradients could not be clipped.
+    """
     options = dict(options)
     name = options.pop("name")
     groups = parameter_groups(module, lr=options.pop("lr"), weight_decay=options.pop("weight_decay", 0.0))
@@ -33,8 +38,7 @@ def create_optimizer(module: nn.Module, options: dict[str, Any]) -> torch.optim.
         raise UserError(f"unknown optimizer {name!r}.{did_you_mean(name, OPTIMIZERS)}")
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    # one pass over the parameters instead of a dozen; the same numbers up to rounding
-    return classes[name](groups, fused=True, **options)
+    return classes[name](groups, fused=fused, **options)
 
 
 def schedule(options: dict[str, Any], total_steps: int) -> tuple[str, Callable[[int], float]] | None:
@@ -98,7 +102,8 @@ class TrainingModule(L.LightningModule):
             self._generators = None
 
     def configure_optimizers(self) -> Any:
-        optimizer = create_optimizer(self.net, self.optimizer_options)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = create_optimizer(self.net, self.optimizer_options, fused=not scaled)
         total = self.trainer.estimated_stepping_batches
         rule = schedule(self.scheduler_options, int(total) if math.isfinite(total) else 0)
         if rule is None:
@@ -113,10 +118,28 @@ class TrainingModule(L.LightningModule):
             self.log(f"train/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=batch_size)
 
     def on_train_epoch_end(self) -> None:
-        """How many codewords are in use, the mean over the codebooks of the model, if it has any."""
-        used = [part.perplexity() for part in self.net.modules() if isinstance(part, VectorQuantizer)]
-        if used:
-            self.log("train/codebook_perplexity", torch.stack(used).mean())
+        """What parts of the model say of their training (`training_metrics`, a codebook's use), the mean by name."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for part in self.net.modules():
+            for name, value in getattr(part, "training_metrics", dict)().items():
+                found.setdefault(name, []).append(value)
+        for name, values in found.items():
+            self.log(f"train/{name}", torch.stack(values).mean())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: Any = None,
+    ) -> None:
+        """Lightning refuses to clip for fused optimizers in mixed precision, because a gradient scaler would unscale
+        inside them; bf16 has no scaler."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def sum_over_ranks(self, flat: torch.Tensor) -> torch.Tensor:
         """The sum of a vector over all processes, on the CPU."""

@@ -6,8 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ...kernels.short_conv import short_conv
 from ..registry import did_you_mean
 from .rows import take
 
@@ -20,9 +20,8 @@ class ShortConv(nn.Module):
     channels: C. kernel_size: taps. bias: add one. activation: "silu" or None. The weight has the shape
     (C, 1, kernel_size) and the start of `nn.Conv1d`, so published ones load as they are.
 
-    Rows hold their real tokens first (`rows.lay_out`). The taps are added one after another, in float32 (float64
-    for float64), so that no output knows of later inputs, not even by rounding. Raises ValueError for sizes below
-    1 and an unknown activation.
+    Rows hold their real tokens first (`rows.lay_out`). Computed by `kernels.short_conv`, in float32 (float64 for
+    float64). Raises ValueError for sizes below 1 and an unknown activation.
     """
 
     def __init__(
@@ -69,28 +68,15 @@ class ShortConv(nn.Module):
         if state is not None and state.shape != (x.shape[0], past, self.channels):
             expected = (x.shape[0], past, self.channels)
             raise ValueError(f"ShortConv: state has shape {tuple(state.shape)}, expected {expected}")
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if state is None:
-            full = F.pad(x, (0, 0, past, 0))
-        else:
-            full = torch.cat((state.to(x.dtype), x), 1)
-        # Not nn.Conv1d: this takes (R, M, C) as it is, and compilers fuse it with the activation.
-        source, taps = full.to(wide), self.weight[:, 0].t().to(wide)
-        y = source[:, :length] * taps[0]
-        if self.bias is not None:
-            y = y + self.bias.to(wide)
-        for k in range(1, self.kernel_size):
-            y = torch.addcmul(y, source[:, k : k + length], taps[k])
-        if self.activation == "silu":
-            y = F.silu(y)
-        last = None
-        if return_state:
-            if lengths is None:
-                last = full[:, length:].clone()  # a copy: a view would keep the whole row alive
-            else:
-                last = take(full, lengths.unsqueeze(1) + torch.arange(past, device=x.device))
-            last = last if state is None else last.to(state.dtype)
-        return y.to(x.dtype), last
+        y = short_conv(x, self.weight[:, 0], bias=self.bias, silu=self.activation == "silu", initial_state=state)
+        if not return_state:
+            return y, None
+        before = self.init_state(x.shape[0], device=x.device, dtype=x.dtype) if state is None else state
+        if lengths is None:
+            tail = x[:, max(0, length - past) :].to(before.dtype)
+            return y, torch.cat((before[:, length:], tail), 1)
+        place = lengths.unsqueeze(1) + torch.arange(past, device=x.device)
+        return y, take(torch.cat((before, x.to(before.dtype)), 1), place)
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -104,6 +104,10 @@ class VectorQuantizer(nn.Module):
         share = self.count / self.count.sum(-1, keepdim=True).clamp(min=1e-30)
         return (-torch.xlogy(share, share).sum(-1)).exp().mean()
 
+    def training_metrics(self) -> dict[str, Tensor]:
+        """What a training logs of this codebook after every epoch."""
+        return {"codebook_perplexity": self.perplexity()}
+
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Quantized:
         """Quantise x (B, L, H, K); valid: bool (B, L), False for pads. In training, update the codebook."""
         with torch.autocast(x.device.type, enabled=False):

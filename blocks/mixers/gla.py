@@ -54,7 +54,11 @@ class GLAState(NamedTuple):
 
 
 @register_mixer(
-    "gla", paper="arXiv:2312.06635", cost="L D (C + K)", kernels=("gated_linear_attention",), ours=("self",)
+    "gla",
+    paper="arXiv:2312.06635",
+    cost="L D (C + K)",
+    kernels=("gated_linear_attention", "short_conv"),
+    ours=("self",),
 )
 class GatedLinearAttention(Mixer):
     """Linear attention with data-dependent decay; the equations are at the top of this file.

@@ -95,7 +95,11 @@ class _Lrpe(nn.Module):
 
 
 @register_mixer(
-    "lightning", paper="arXiv:2401.04658", cost="L D (C + K)", kernels=("gated_linear_attention",), ours=("self",)
+    "lightning",
+    paper="arXiv:2401.04658",
+    cost="L D (C + K)",
+    kernels=("gated_linear_attention",),
+    ours=("self",),
 )
 class LightningAttention(Mixer):
     """Linear attention with a constant decay per head; the equations are at the top of this file.

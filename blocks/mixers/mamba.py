@@ -108,7 +108,13 @@ class _SelectiveSSM(nn.Module):
         return y, None if tail is None or h is None else MambaState(tail, h)
 
 
-@register_mixer("mamba", paper="arXiv:2312.00752", cost="L E N", kernels=("selective_scan",), ours=("self",))
+@register_mixer(
+    "mamba",
+    paper="arXiv:2312.00752",
+    cost="L E N",
+    kernels=("selective_scan", "short_conv"),
+    ours=("self",),
+)
 class Mamba(Mixer):
     """The Mamba layer: gated selective state space behind a short convolution.
 

@@ -143,7 +143,11 @@ class _GatedRMSNorm(nn.Module):
 
 
 @register_mixer(
-    "mamba2", paper="arXiv:2405.21060", cost="L E (C + N)", kernels=("gated_linear_attention",), ours=("self",)
+    "mamba2",
+    paper="arXiv:2405.21060",
+    cost="L E (C + N)",
+    kernels=("gated_linear_attention", "short_conv"),
+    ours=("self",),
 )
 class Mamba2(Mixer):
     """The Mamba-2 layer: state space duality behind a short convolution, gated and normalised.

@@ -20,7 +20,13 @@ _PRESETS: dict[str, tuple[Literal["keys", "samples"], Literal["sum", "mean"], bo
 }
 
 
-@register_mixer("prob_sparse", paper="arXiv:2012.07436", cost="L D log L", kernels=("prob_sparse",), ours=("cross",))
+@register_mixer(
+    "prob_sparse",
+    paper="arXiv:2012.07436",
+    cost="L D log L",
+    kernels=("prob_sparse",),
+    ours=("cross",),
+)
 class ProbSparseAttention(Mixer):
     """Multi-head ProbSparse attention, O(L log L).
 

@@ -23,9 +23,14 @@ def run_in_pieces(
     return torch.cat(outputs, dim=1)
 
 
+def small(mixer):
+    """The mixer with heads that fit a width of 16."""
+    return {"name": mixer, "head_dim": 8} if mixer == "mamba2" else mixer
+
+
 @pytest.mark.parametrize("mixer", list_mixers(pattern="self"))
 def test_every_mixer_fits_and_learns(mixer):
-    backbone = Backbone(16, 2, mixer=mixer)
+    backbone = Backbone(16, 2, mixer=small(mixer))
     x = torch.randn(2, 11, 16)
     out = backbone(x)
     assert out.y.shape == x.shape and out.state is None
@@ -35,7 +40,7 @@ def test_every_mixer_fits_and_learns(mixer):
 
 @pytest.mark.parametrize("position", ["none", "learned", "sinusoidal"])
 def test_hybrid_streams_as_the_whole(position):
-    mixers = list_mixers(pattern="causal", streaming=True)
+    mixers = [small(mixer) for mixer in list_mixers(pattern="causal", streaming=True)]
     backbone = Backbone(
         16,
         len(mixers) + 1,
@@ -46,6 +51,7 @@ def test_hybrid_streams_as_the_whole(position):
         max_len=32,
         causal=True,
     ).double()
+    backbone.eval()  # a codebook moves in training
     x = torch.randn(2, 13, 16, dtype=torch.float64)
     whole = backbone(x).y
     for sizes in ([13], [5, 1, 7], [1] * 13):

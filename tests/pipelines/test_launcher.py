@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -89,6 +90,12 @@ def test_a_conf_folder_of_the_users_adds_options(execute: Any, tmp_path: Path) -
     (tmp_path / "conf" / "config.yaml").write_text("this: is another project's\n")
     assert main(["fit", "optimizer=slow"]) == 0
     assert execute.cfg["optimizer"] == {"name": "adam", "lr": 1e-9} and "this" not in execute.cfg
+
+
+def test_a_run_leaves_no_handler_behind(execute: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    before = list(logging.getLogger().handlers)
+    assert main(["fit"]) == 0 and main(["fit", "data.seq_len=x"]) == 2
+    assert logging.getLogger().handlers == before
 
 
 def test_print_the_config(execute: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

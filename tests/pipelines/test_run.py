@@ -71,6 +71,17 @@ def fitted(table, tmp_path_factory):
     return run_dir, metrics
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_in_bf16(table, tmp_path, algorithm):
+    """Lightning refuses this for fused optimizers, though bf16 has no scaler that could stand in the way."""
+    clip = ["trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0e-9", "test_after_fit=false"]
+    clip += [f"+trainer.gradient_clip_algorithm={algorithm}"] if algorithm == "value" else []
+    options = ["optimizer=sgd", "optimizer.nesterov=false", "scheduler=none", "trainer.max_epochs=1"]
+    still = run("fit", tmp_path / "still", f"data.path={table}", *options, "optimizer.lr=1.0e-12", *clip)
+    clipped = run("fit", tmp_path / "clipped", f"data.path={table}", *options, "optimizer.lr=1", *clip)
+    assert clipped["val/loss"] == pytest.approx(still["val/loss"], rel=1e-4)
+
+
 def test_fit_leaves_everything_in_the_run_folder(fitted):
     run_dir, metrics = fitted
     names = {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
