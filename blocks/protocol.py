@@ -6,6 +6,7 @@ H heads, K key width per head, V value width per head, N sequences in a packed r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -45,7 +46,7 @@ class Mixer(nn.Module):
 
     A subclass declares `patterns` (which of self, causal, cross, causal-cross it honours), `streaming` (whether the
     causal form carries a state) and `variants` (the option sets that the conformance suite runs at dim 16), and
-    implements `forward`; a streaming one also `init_state` and `state_size`.
+    implements `forward`; a streaming one also `init_state`, `state_size` and `state_type`, the class of its states.
 
     - causal: output n depends on positions up to n only, with every decision it takes.
     - cross: keys and values come from `context`, all of it visible; causal-cross: output n depends on x_1..x_n and on
@@ -61,10 +62,12 @@ class Mixer(nn.Module):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self"})
     streaming: ClassVar[bool] = False
+    state_type: ClassVar[type | None] = None
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     exact: bool = True
     smooth: bool = True
     reads_residual: bool = False
+    num_prefix_tokens: int = 0  # tokens at the front that stand on no grid
 
     def __init__(self, dim: int, *, causal: bool = False, cross: bool = False) -> None:
         super().__init__()
@@ -132,6 +135,7 @@ class Mixer(nn.Module):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
         state: State | None = None,
     ) -> None:
         """Raise ValueError, naming the argument and what it holds, for inputs outside the contract."""
@@ -169,22 +173,26 @@ class Mixer(nn.Module):
                 raise ValueError(f"{name}: cu_seqlens must be an int32 vector (N+1,)")
             if mask is not None:
                 raise ValueError(f"{name}: give either mask or cu_seqlens, not both")
+        places = length - self.num_prefix_tokens
+        if grid is not None and (len(grid) not in (2, 3) or min(grid) < 1 or math.prod(grid) != places):
+            raise ValueError(f"{name}: grid={tuple(grid)} holds {math.prod(grid)} tokens, x has {places}")
+        if state is not None:
+            self._check_state(state, batch if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
+    def _check_state(self, state: State, rows: int) -> None:
+        """Raise ValueError unless `state` is of `state_type` with `rows` rows, as `init_state(rows)` gives it."""
+        name = type(self).__name__
+        if self.state_type is not None and not isinstance(state, self.state_type):
+            raise ValueError(
+                f"{name}: state is a {type(state).__name__}, expected the {self.state_type.__name__} of init_state"
+            )
 
-def check_state(mixer: Mixer, state: State | None, kind: type, rows: int) -> None:
-    """Raise ValueError unless `state` is None or a `kind` with `rows` rows, as `mixer.init_state(rows)` gives."""
-    if state is None:
-        return
-    name = type(mixer).__name__
-    if not isinstance(state, kind):
-        raise ValueError(f"{name}: state is a {type(state).__name__}, expected the {kind.__name__} of init_state")
+        def check(tensor: Tensor) -> Tensor:
+            if tensor.shape[:1] != (rows,):
+                raise ValueError(f"{name}: state is of {tensor.shape[0]} rows, but there are {rows} sequences")
+            return tensor
 
-    def check(tensor: Tensor) -> Tensor:
-        if tensor.shape[:1] != (rows,):
-            raise ValueError(f"{name}: state is of {tensor.shape[0]} rows, but there are {rows} sequences")
-        return tensor
-
-    map_state(check, state)
+        map_state(check, state)
 
 
 def map_state(function: Any, *states: StateT) -> StateT:

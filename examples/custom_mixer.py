@@ -33,6 +33,7 @@ class MyMixer(Mixer):
 
     patterns = frozenset({"self", "causal"})
     streaming = True
+    state_type = AverageState
 
     def __init__(self, dim, *, causal=False, cross=False, device=None, dtype=None):
         super().__init__(dim, causal=causal, cross=cross)  # refuses the patterns that are not declared
@@ -40,7 +41,8 @@ class MyMixer(Mixer):
         self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x, context=None, *, mask=None, context_mask=None, cu_seqlens=None, grid=None, state=None):
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        inputs = {"mask": mask, "context_mask": context_mask, "cu_seqlens": cu_seqlens, "grid": grid, "state": state}
+        self.check_inputs(x, context, **inputs)
         if cu_seqlens is not None:  # packed: one sequence a row, padded on the right
             x = nn.utils.rnn.pad_sequence(x[0].split(cu_seqlens.diff().tolist()), batch_first=True)
             mask = torch.arange(x.shape[1], device=x.device) < cu_seqlens.diff()[:, None]

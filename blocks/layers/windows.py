@@ -56,11 +56,3 @@ class Windows(NamedTuple):
         for axis, (size, side, count) in enumerate(zip(self.sizes, self.sides, self.counts, strict=True), start=1):
             y = y.reshape(*y.shape[:axis], count * side, *y.shape[axis + 2 :]).narrow(axis, 0, size)
         return y.reshape(y.shape[0], -1, *rest)
-
-
-def check_grid(grid: tuple[int, ...], length: int) -> None:
-    """Raise ValueError for a grid that is not (H, W) or (T, H, W) or does not hold `length` tokens."""
-    if len(grid) not in (2, 3) or any(not isinstance(n, int) or n < 1 for n in grid):
-        raise ValueError(f"grid={grid} must be (H, W) or (T, H, W), positive integers")
-    if math.prod(grid) != length:
-        raise ValueError(f"grid={grid} holds {math.prod(grid)} tokens, x has {length}")

@@ -79,6 +79,7 @@ class AgentAttention(Mixer):
 
     patterns = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming = True
+    state_type = AgentState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "self": {"num_heads": 4, "num_agents": 5},
         "causal": {**_CAUSAL, "chunk_size": 4},
@@ -220,10 +221,12 @@ class AgentAttention(Mixer):
         state: AgentState | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; grid: (height, width) of the tokens after the prefix, used with `grid_size` only."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         height, layout = 1, None
         if self.grid_size is not None and grid is not None:
-            self._check_grid(grid, x.shape[1], cu_seqlens)
+            self._check_grid(grid, cu_seqlens)
             height, layout = grid[0], Layout(mask, None, None, None, False)  # pads stay where they are
         layout = layout or lay_out(mask, cu_seqlens, x.shape[1])
         x = layout.place(x)
@@ -238,14 +241,10 @@ class AgentAttention(Mixer):
             y = y.masked_fill(~context_mask.any(1)[:, None, None], 0.0)
         return MixerOutput(y, state)
 
-    def _check_grid(self, grid: tuple[int, ...], length: int, cu_seqlens: Tensor | None) -> None:
-        name, prefix = type(self).__name__, self.num_prefix_tokens
-        if len(grid) != 2 or prefix + math.prod(grid) != length:
-            after = f" after {prefix} prefix tokens" if prefix else ""
-            raise ValueError(
-                f"{name}: grid={tuple(grid)} must be (height, width) with product {length - prefix}, the number of "
-                f"tokens{after}"
-            )
+    def _check_grid(self, grid: tuple[int, ...], cu_seqlens: Tensor | None) -> None:
+        name = type(self).__name__
+        if len(grid) != 2:
+            raise ValueError(f"{name}: grid={tuple(grid)} must be (height, width)")
         if cu_seqlens is not None:
             raise ValueError(f"{name}: grid={tuple(grid)} is for one sequence per row, not for cu_seqlens")
 
@@ -310,12 +309,6 @@ class AgentAttention(Mixer):
 
     def _causal(self, x: Tensor, layout: Layout, state: AgentState | None) -> tuple[Tensor, AgentState | None]:
         """The running softmax of learned agents. x: (R, M, D) as laid out. Returns (R, M, H, K) and the next state."""
-        if state is not None and not isinstance(state, AgentState):
-            raise ValueError(f"{type(self).__name__}: state is a {type(state).__name__}, expected an AgentState")
-        if state is not None and state.running.m.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"{type(self).__name__}: the state has {state.running.m.shape[0]} rows, the input {x.shape[0]}"
-            )
         q, k, v = self._heads(x, x, layout.valid)
         y, running = running_agent_attention(
             q,

@@ -34,8 +34,8 @@ from ..layers.block_routing import BlockRoutingState, append, attend, empty_stat
 from ..layers.conv import ShortConv
 from ..layers.projections import head_width, reset_normal
 from ..layers.rows import Layout, lay_out
-from ..layers.windows import Windows, check_grid
-from ..protocol import Mixer, MixerOutput, check_state
+from ..layers.windows import Windows
+from ..protocol import Mixer, MixerOutput
 from ..registry import did_you_mean, register_mixer
 
 _ROUTINGS = ("hard", "soft", "learned")
@@ -74,6 +74,7 @@ class BiLevelRouting(Mixer):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming: ClassVar[bool] = True
+    state_type = BlockRoutingState
     smooth = False  # regions are chosen by rank: outputs jump where the choice changes
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {"region_size": 4, "topk": 2},
@@ -157,10 +158,10 @@ class BiLevelRouting(Mixer):
         state: BlockRoutingState | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`. The grid counts with spatial=True only; tokens then stay where they are, pads too."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         windows = None
-        if grid is not None:
-            check_grid(grid, x.shape[1])
         if self.spatial and grid is not None:
             if cu_seqlens is not None:
                 raise ValueError(f"{type(self).__name__}: packed sequences (cu_seqlens) have no common grid={grid}")
@@ -214,7 +215,6 @@ class BiLevelRouting(Mixer):
     ) -> tuple[Tensor, BlockRoutingState | None]:
         """CausalBlockRouting of right-padded rows: what goes into the output projection, and the next state."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        check_state(self, state, BlockRoutingState, x.shape[0])
         position = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         local, sums, keys, values = None, None, self._heads(k), self._heads(v)
         if state is None:

@@ -77,6 +77,7 @@ class GatedLinearAttention(Mixer):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal"})
     streaming: ClassVar[bool] = True
+    state_type = GLAState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "chunk_size": 8},
         "self": {"chunk_size": 8},
@@ -184,11 +185,11 @@ class GatedLinearAttention(Mixer):
         state: State | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; `grid` is not used."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         joint = layout.place(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1))
-        if state is not None:
-            self._check_state(state, joint.shape[0])
         tail = None
         if self.conv is not None:
             before = None if state is None else state.conv

@@ -119,6 +119,7 @@ class LightningAttention(Mixer):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal"})
     streaming: ClassVar[bool] = True
+    state_type = LightningState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "num_heads": 4, "chunk_size": 8},
         "self": {"num_heads": 4, "chunk_size": 8},
@@ -223,14 +224,14 @@ class LightningAttention(Mixer):
         state: State | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; `grid` is not used."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         q, k, v = F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), self.v_proj(x)
         v = F.silu(v) if self.value_act else v
         q, k, v = (layout.place(t.unflatten(-1, (self.num_heads, self.head_dim))) for t in (q, k, v))
         position: Tensor | None = None
-        if state is not None:
-            self._check_state(state, q.shape[0])
         if self.lrpe is not None:
             before = q.new_zeros(1, dtype=torch.int64) if state is None else state.position
             places = before.unsqueeze(1) + torch.arange(q.shape[1], device=q.device)

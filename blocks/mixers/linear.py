@@ -43,6 +43,7 @@ class LinearAttention(Mixer):
 
     patterns = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming = True
+    state_type = LinearState
     variants = {
         "default": {},
         "causal": {"causal": True},
@@ -111,7 +112,9 @@ class LinearAttention(Mixer):
         state: LinearState | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; `grid` is not used."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         source = x if context is None else context
         phi = FEATURE_MAPS[self.feature_map]
         heads = self.num_heads, self.head_dim

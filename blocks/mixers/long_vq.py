@@ -36,7 +36,7 @@ from ..layers.kv_cache import KVState
 from ..layers.projections import check_divides
 from ..layers.rows import Layout, lay_out
 from ..layers.vq_attention import Carried, VQAttention
-from ..protocol import Mixer, MixerOutput, State, check_state
+from ..protocol import Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 from .s4d import S4D
 
@@ -92,6 +92,7 @@ class LongVQ(Mixer):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming: ClassVar[bool] = True
+    state_type = LongVQState
     reads_residual = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "self": _TINY,
@@ -199,7 +200,9 @@ class LongVQ(Mixer):
         residual: Tensor | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; `grid` is not used. residual: (B, L, D), x before its norm, default x."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"LongVQ: residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}")
         layout = lay_out(mask, cu_seqlens, x.shape[1])
@@ -210,7 +213,6 @@ class LongVQ(Mixer):
             source = lay_out(context_mask, None, context.shape[1])
             y, carried = self.gated(rows, source.real(context), before, context_lengths=source.lengths)
             return MixerOutput(layout.restore(y), None, carried.aux)
-        check_state(self, state, LongVQState, rows.shape[0])
         streams = state is not None
         m, memory = self._remember(rows, layout, state)
         cache = None if state is None else state.attention

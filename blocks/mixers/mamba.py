@@ -132,6 +132,7 @@ class Mamba(Mixer):
 
     patterns = frozenset({"self", "causal"})
     streaming = True
+    state_type = MambaState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "d_state": 4, "chunk_size": 4},
         "self": {"d_state": 3, "chunk_size": 5},
@@ -220,9 +221,9 @@ class Mamba(Mixer):
         state: State | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; `grid` is not used."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
-        if state is not None and not isinstance(state, MambaState):
-            raise ValueError(f"Mamba: state is a {type(state).__name__}, expected the MambaState of init_state")
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         u, gate = self.in_proj(x).chunk(2, -1)
         u = layout.place(u)

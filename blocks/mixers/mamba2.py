@@ -170,6 +170,7 @@ class Mamba2(Mixer):
 
     patterns = frozenset({"self", "causal"})
     streaming = True
+    state_type = Mamba2State
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "d_state": 5, "head_dim": 8, "chunk_size": 4},
         "self": {"d_state": 3, "head_dim": 16, "num_groups": 2, "chunk_size": 8},
@@ -304,9 +305,9 @@ class Mamba2(Mixer):
         state: State | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; `grid` is not used."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
-        if state is not None and not isinstance(state, Mamba2State):
-            raise ValueError(f"Mamba2: state is a {type(state).__name__}, expected the Mamba2State of init_state")
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         z0, x0, gate, inputs = self.in_proj(x).split(self.widths, -1)
         heads = self.scan.num_heads

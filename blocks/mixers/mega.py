@@ -35,7 +35,7 @@ from ..layers.chunk_attention import ChunkAttention, ChunkState
 from ..layers.ema import DampedEMA
 from ..layers.gated_attention import GatedAttention, GatedCrossAttention, with_residual
 from ..layers.rows import lay_out
-from ..protocol import Mixer, MixerOutput, State, check_state
+from ..protocol import Mixer, MixerOutput, State
 from ..registry import register_mixer
 
 _CHUNK = {"causal": True, "chunk_size": 4}
@@ -70,6 +70,7 @@ class Mega(Mixer):
     ema: DampedEMA  # the self patterns only
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming: ClassVar[bool] = True
+    state_type = MegaState
     reads_residual = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "self": {"chunk_size": 4, "d_state": 4},
@@ -151,12 +152,13 @@ class Mega(Mixer):
         residual: Tensor | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; `grid` is not used. residual: (B, L, D), x before its norm, default x."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         rows, before = with_residual(layout, x, residual)
         if isinstance(self.gated, GatedCrossAttention):
             return MixerOutput(layout.restore(self.gated(rows, context, before, context_mask=context_mask)))
-        check_state(self, state, MegaState, rows.shape[0])
         ema, cache = (None, None) if state is None else state
         streams = state is not None
         mixed, ema = self.ema(rows, lengths=layout.lengths, state=ema, return_state=streams)

@@ -126,7 +126,9 @@ class ProbSparseAttention(Mixer):
         grid: tuple[int, ...] | None = None,
         state: State | None = None,
     ) -> MixerOutput:
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         source, source_mask = (x, mask) if context is None else (context, context_mask)
         q, k, v = (
             projection(t).unflatten(-1, (self.num_heads, self.head_dim))

@@ -50,6 +50,7 @@ class S4D(Mixer):
 
     patterns = frozenset({"self", "causal"})
     streaming = True
+    state_type = S4DState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "d_state": 8},
         "self": {"d_state": 8},
@@ -146,7 +147,9 @@ class S4D(Mixer):
         grid: tuple[int, ...] | None = None,
         state: State | None = None,
     ) -> MixerOutput:
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         index = lengths = None  # where the tokens of each row lie in x, real ones first
         if cu_seqlens is not None:
             index, lengths = _unpacked(cu_seqlens)

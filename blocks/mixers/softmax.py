@@ -58,6 +58,7 @@ class SoftmaxAttention(Mixer):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming: ClassVar[bool] = True
+    state_type = KVState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
         "causal": {"causal": True, "num_heads": 4},
@@ -175,7 +176,9 @@ class SoftmaxAttention(Mixer):
         state: KVState | None = None,
     ) -> MixerOutput:
         """See `Mixer.forward`. `grid` is not used."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         if context is not None:
             return MixerOutput(self._cross(x, context, mask, context_mask))
         if cu_seqlens is not None:
@@ -291,10 +294,6 @@ class SoftmaxAttention(Mixer):
         q, k, v, valid = rows
         place = torch.arange(q.shape[1], device=q.device).unsqueeze(0)
         if state is not None:
-            if state.k.shape[0] != q.shape[0]:
-                raise ValueError(
-                    f"{type(self).__name__}: the state has {state.k.shape[0]} rows, the input {q.shape[0]}"
-                )
             place = place + state.length.unsqueeze(1)
         position = place if valid is None else torch.where(valid, place, -1)
         if self.position == "rope":

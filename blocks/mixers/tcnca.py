@@ -30,7 +30,7 @@ from ..layers.norm import LayerNorm
 from ..layers.projections import reset_normal
 from ..layers.rows import lay_out
 from ..layers.tcn import TemporalConvNet
-from ..protocol import Mixer, MixerOutput, State, check_state
+from ..protocol import Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 _SMALL = {"causal": True, "chunk_size": 4, "tcn_depth": 2, "kernel_size": 3, "dilation_factor": 2}
@@ -91,6 +91,7 @@ class TCNCA(Mixer):
     norm: LayerNorm  # the simple variant only
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming: ClassVar[bool] = True
+    state_type = TcncaState
     reads_residual = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "self": _SELF,
@@ -191,12 +192,13 @@ class TCNCA(Mixer):
         residual: Tensor | None = None,
     ) -> MixerOutput:
         """As `Mixer.forward`; `grid` is not used. residual: (B, L, D), x before its norm, default x."""
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(
+            x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
+        )
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         rows, before = with_residual(layout, x, residual)
         if isinstance(self.mixing, GatedCrossAttention):
             return MixerOutput(layout.restore(self.mixing(rows, context, before, context_mask=context_mask)))
-        check_state(self, state, TcncaState, rows.shape[0])
         tails, cache = (None, None) if state is None else state
         streams = state is not None
         mixed, tails = self.tcn(rows, lengths=layout.lengths, state=tails, return_state=streams)

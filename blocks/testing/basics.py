@@ -7,7 +7,7 @@ import inspect
 import io
 import pickle
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -247,6 +247,12 @@ def check_compile(s: Subject) -> None:
     expect_gradients(got, gradients((want * weight).sum(), mixer, x)[0], names, "compiled")
 
 
+class OtherState(NamedTuple):
+    """A state that no mixer has."""
+
+    memory: Tensor
+
+
 def check_refusals(s: Subject) -> None:
     """What the mixer cannot do is a ValueError: patterns and options when built, inputs when called."""
 
@@ -298,7 +304,12 @@ def check_refusals(s: Subject) -> None:
             naming=("context_mask",),
         )
         refused("cu_seqlens for a cross pattern", lambda: mixer(x[:1], context[:1], cu_seqlens=packed))
-    if not (mixer.streaming and mixer.pattern == "causal"):
+    refused("a grid of other tokens", lambda: mixer(x, context, grid=(2, 7)), naming=("grid",))
+    if mixer.streaming and mixer.pattern == "causal":
+        foreign = OtherState(torch.zeros(2, 3, dtype=torch.float64))
+        refused("a state of another mixer", lambda: mixer(x, state=foreign), naming=("state", "OtherState"))
+        refused("a state of another batch", lambda: mixer(x, state=mixer.init_state(3)), naming=("state",))
+    else:
         refused(
             "a state where none is carried",
             lambda: mixer(x, context, state=(torch.zeros(2, 1),)),

@@ -22,6 +22,7 @@ class Honest(Mixer):
 
     patterns = frozenset({"causal"})
     streaming = True
+    state_type = Average
     variants: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
 
     def __init__(self, dim, *, causal=True, cross=False, device=None, dtype=None):
@@ -30,7 +31,7 @@ class Honest(Mixer):
         self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x, context=None, *, mask=None, cu_seqlens=None, grid=None, state=None, **options):
-        self.check(x, context, mask=mask, cu_seqlens=cu_seqlens, state=state, **options)
+        self.check(x, context, mask=mask, cu_seqlens=cu_seqlens, grid=grid, state=state, **options)
         if cu_seqlens is not None:
             return self.packed(x, cu_seqlens, state)
         start = self.init_state(len(x), dtype=x.dtype) if state is None else state
@@ -290,7 +291,7 @@ class HonestCross(Mixer):
         self.q_proj, self.v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, x, context=None, *, mask=None, context_mask=None, grid=None, **options):
-        self.check_inputs(x, context, mask=mask, context_mask=context_mask, **options)
+        self.check_inputs(x, context, mask=mask, context_mask=context_mask, grid=grid, **options)
         real = torch.ones(context.shape[:2], dtype=torch.bool) if context_mask is None else context_mask
         mean = self.mean(self.v_proj(context), real)
         y = self.gate(self.q_proj(x).sigmoid(), mask) * mean

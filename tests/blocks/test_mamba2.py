@@ -235,7 +235,7 @@ def test_states_that_do_not_fit_are_refused():
     other = create_mixer("mamba", 8, causal=True).init_state(2)
     with pytest.raises(ValueError, match="state is a MambaState, expected the Mamba2State"):
         mixer(x, state=other)
-    with pytest.raises(ValueError, match=r"state has shape \(3, 3, 26\), expected \(2, 3, 26\)"):
+    with pytest.raises(ValueError, match="state is of 3 rows, but there are 2 sequences"):
         mixer(x, state=mixer.init_state(3))
     with pytest.raises(ValueError, match="initial_state has shape"):
         mixer(x, state=Mamba2State(mixer.init_state(2).conv, torch.zeros(2, 4, 4, 5)))

@@ -209,5 +209,5 @@ def test_unsupported_patterns_and_states():
         build().init_state(1)
     with pytest.raises(ValueError, match="carries no state"):
         build().state_size(1)
-    with pytest.raises(ValueError, match="state has shape"):
+    with pytest.raises(ValueError, match="state is of 1 rows, but there are 2 sequences"):
         build(causal=True)(sequence(2, 5), state=build(causal=True).init_state(1))

@@ -316,7 +316,7 @@ def test_refuses_options(options, words):
 
 def test_refuses_inputs():
     mixer = build(causal=True)
-    with pytest.raises(ValueError, match="state has 3 rows, the input 2"):
+    with pytest.raises(ValueError, match="state is of 3 rows, but there are 2 sequences"):
         mixer(tokens(2, 4, 16), state=mixer.init_state(3))
     for bounds in ([0, 3], [1, 4], [0, 5, 4]):
         with pytest.raises(ValueError, match="cu_seqlens"):
