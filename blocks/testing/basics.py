@@ -68,8 +68,8 @@ def check_shapes_and_dtypes(s: Subject) -> None:
                     f"{what}: expected within {CLOSE[dtype]:g} of fp32 (rms), got {value:.3g}",
                 )
     with torch.no_grad():
-        y = double(s.tensor(2, 12), s.context(2), grid=(3, 4)).y
-    expect_finite(y, "with grid=(3, 4) at L=12")
+        y = double(s.tensor(2, 12 + double.num_prefix_tokens), s.context(2), grid=(3, 4)).y
+    expect_finite(y, "with grid=(3, 4)")
 
 
 def check_device_and_dtype_arguments(s: Subject) -> None:
