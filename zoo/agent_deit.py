@@ -76,6 +76,8 @@ class AgentDeiT(ImageClassifier):
             proj_drop=proj_drop,
             drop_path=drop_path,
         )
+        for block in self.backbone.blocks:
+            block.mixer.num_prefix_tokens = 1  # the class token stands on no grid, for softmax attention neither
         self.head = create_classifier(dim, num_classes)
         for token in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(token, std=0.02)
