@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.backbone import Backbone, MixerChoice
+from ..blocks.protocol import Mixer
 from ._image import ImageClassifier, create_classifier, reset_vit_linear
 from ._registry import register_model
 
@@ -76,8 +77,8 @@ class AgentDeiT(ImageClassifier):
             proj_drop=proj_drop,
             drop_path=drop_path,
         )
-        for block in self.backbone.blocks:
-            block.mixer.num_prefix_tokens = 1  # the class token stands on no grid, for softmax attention neither
+        for mixer in (part for part in self.backbone.modules() if isinstance(part, Mixer)):
+            mixer.num_prefix_tokens = 1  # the class token stands on no grid, for softmax attention neither
         self.head = create_classifier(dim, num_classes)
         for token in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(token, std=0.02)
