@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .triton_support import interpreted
 
 _LOG = logging.getLogger("seqzoo")
 
@@ -24,8 +26,9 @@ class Backend:
     """One implementation of an operation.
 
     run: the function. note: one line on why `auto` takes it. dtypes, devices: what it accepts (None: any
-    device). features: the optional things it honours, e.g. "state", "mask", "varlen". probe: returns why it
-    cannot run here (a missing package, no GPU), or None.
+    device). features: the optional things it honours, e.g. "state", "mask", "varlen". limits: the largest sizes it
+    takes, by name, e.g. {"key": 256}. interpretable: a Triton backend that takes CPU tensors too, where it is asked
+    for by name and Triton interprets. probe: returns why it cannot run here (a missing package, no GPU), or None.
     """
 
     name: str
@@ -34,19 +37,32 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] | None
     features: frozenset[str]
+    limits: Mapping[str, int]
+    interpretable: bool
     probe: Callable[[], str | None] | None
 
-    def refusal(self, dtype: torch.dtype | None, device: torch.device | str | None, needs: Iterable[str]) -> str | None:
+    def refusal(
+        self,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        needs: Iterable[str],
+        sizes: Mapping[str, int],
+        forced: bool,
+    ) -> str | None:
         """Why this backend cannot do the work, or None when it can."""
         if dtype is not None and dtype not in self.dtypes:
             return f"does not take {dtype}"
         if device is not None and self.devices is not None:
             kind = device.type if isinstance(device, torch.device) else device.split(":")[0]
-            if kind not in self.devices:
+            steps_in = forced and self.interpretable and kind == "cpu" and interpreted()
+            if kind not in self.devices and not steps_in:
                 return f"does not run on {kind}"
         missing = [need for need in needs if need not in self.features]
         if missing:
             return f"does not support {', '.join(missing)}"
+        for size, limit in self.limits.items():
+            if sizes.get(size, 0) > limit:
+                return f"takes {size} sizes up to {limit}, not {sizes[size]}"
         return self.probe() if self.probe is not None else None
 
 
@@ -63,6 +79,8 @@ def register_backend(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     devices: tuple[str, ...] | None = None,
     features: Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    interpretable: bool = False,
     probe: Callable[[], str | None] | None = None,
 ) -> None:
     """Add a backend to an operation; `auto` tries them in the order of registration: fastest first.
@@ -72,7 +90,9 @@ def register_backend(
     known = _BACKENDS.setdefault(op, {})
     if name == "auto" or (name in known and known[name].run.__qualname__ != run.__qualname__):
         raise ValueError(f"{op}: the backend name {name!r} is already taken")
-    known[name] = Backend(name, run, note, tuple(dtypes), devices, frozenset(features), probe)
+    known[name] = Backend(
+        name, run, note, tuple(dtypes), devices, frozenset(features), dict(limits or {}), interpretable, probe
+    )
 
 
 def choose_backend(
@@ -81,13 +101,15 @@ def choose_backend(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    sizes: Mapping[str, int] | None = None,
     **needs: bool,
 ) -> Backend:
     """The backend of `op` that will do the work.
 
     requested: a backend's name, or "auto" for the first registered that can; the choice is logged once on
     "seqzoo".
-    dtype, device: of the tensors. needs: features that this call uses, e.g. `state=True, varlen=False`.
+    dtype, device: of the tensors. sizes: what a backend may limit, e.g. {"key": 64}. needs: features that this call
+    uses, e.g. `state=True, varlen=False`.
     Raises ValueError for an unknown backend, for a forced one that cannot run (saying why, and which can),
     and when none can.
     """
@@ -98,7 +120,7 @@ def choose_backend(
     refused: dict[str, str] = {}
     able: list[str] = []
     for name, backend in known.items():
-        reason = backend.refusal(dtype, device, wanted)
+        reason = backend.refusal(dtype, device, wanted, sizes or {}, requested == name)
         if reason is not None:
             refused[name] = reason
             continue

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton reads this when it is imported: without a GPU its kernels run interpreted, on tiny CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # One thread per process: xdist starts one process per core, and results do not depend on how a sum is split.
 torch.set_num_threads(1)
 
