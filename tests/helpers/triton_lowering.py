@@ -59,14 +59,13 @@ def main() -> None:
     driver.set_active(PretendedDriver())
     # The dispatcher then lets the Triton backends have CPU tensors, as it does for Triton's interpreter.
     dispatch.interpreted = triton_support.interpreted = lambda: True
-    launch, label = JITFunction.run, ""
-    seen = set()
+    launch, current, seen = JITFunction.run, {"case": ""}, set()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         made = launch(self, *args, grid=grid, warmup=True, **options)
         if made.hash not in seen:
             seen.add(made.hash)
-            row = {"case": label, "kernel": self.fn.__name__, "shared": made.metadata.shared}
+            row = {**current, "kernel": self.fn.__name__, "shared": made.metadata.shared}
             print(json.dumps({**row, **resources(made.asm["cubin"])}), flush=True)
         return made
 
@@ -75,7 +74,7 @@ def main() -> None:
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    for label, function in module.cases():
+    for current["case"], function in module.cases():
         function()
 
 
