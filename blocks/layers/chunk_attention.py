@@ -118,6 +118,8 @@ class ChunkAttention(nn.Module):
     def across(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         """q: (R, M, Z) sees all of k: (R, S, Z), v: (R, S, V), of which `lengths` (R,) are real. Returns (R, M, V)."""
         source = k.shape[1]
+        if q.shape[1] == 0:
+            return q.new_zeros(*q.shape[:2], v.shape[2])
         visible = None
         if lengths is not None:
             visible = (torch.arange(source, device=q.device) < lengths.unsqueeze(1)).unsqueeze(1)
@@ -150,6 +152,8 @@ class ChunkAttention(nn.Module):
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         """Rows that start with a chunk, cut into chunks."""
         rows, length = q.shape[:2]
+        if length == 0:
+            return q.new_zeros(rows, 0, v.shape[2])
         chunk = length if self.chunk_size is None else min(self.chunk_size, length)
         groups = -(-length // chunk)
         bias = self.bias(chunk, chunk)

@@ -57,6 +57,11 @@ def packed_groups(cu_seqlens: Tensor, length: int, *, together: bool) -> Iterato
         yield torch.where(valid, start + step, 0), valid
 
 
+def zero_pads(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (B, L, D) with zeros where mask, bool (B, L), is False: a pad may hold anything, NaN too."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
+
+
 class Layout(NamedTuple):
     """Where the tokens of a batch lie once its real tokens come first in every row: made by `lay_out`.
 

@@ -312,6 +312,8 @@ class BiLevelRouting(Mixer):
             reach = lce.kernel_size // 2
             return lce(F.pad(v, (0, 0, 0, reach)))[0][:, reach:]
         lines = (1, v.shape[1]) if windows is None else windows.sizes[-2:]
+        if v.shape[1] == 0:
+            return v
         frames = v.reshape(-1, *lines, self.dim).permute(0, 3, 1, 2)
         return lce(frames).permute(0, 2, 3, 1).reshape(v.shape)
 

@@ -37,7 +37,7 @@ from ...kernels.gated_linear_attention import (
 from ..layers.conv import ShortConv
 from ..layers.norm import RMSNorm, SimpleRMSNorm
 from ..layers.projections import head_width
-from ..layers.rows import lay_out
+from ..layers.rows import lay_out, zero_pads
 from ..protocol import Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 from .linear import FEATURE_MAPS
@@ -188,6 +188,7 @@ class GatedLinearAttention(Mixer):
         self.check_inputs(
             x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
         )
+        x = zero_pads(x, mask)
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         joint = layout.place(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1))
         tail = None

@@ -40,7 +40,7 @@ from ...kernels.gated_linear_attention import (
 from ..layers.norm import NORMS, create_norm
 from ..layers.positions import alibi_slopes
 from ..layers.projections import head_width
-from ..layers.rows import lay_out
+from ..layers.rows import lay_out, zero_pads
 from ..parameters import tag_parameter
 from ..protocol import Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
@@ -227,6 +227,7 @@ class LightningAttention(Mixer):
         self.check_inputs(
             x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
         )
+        x = zero_pads(x, mask)
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         q, k, v = F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), self.v_proj(x)
         v = F.silu(v) if self.value_act else v

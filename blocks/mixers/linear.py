@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels.dispatch import choose_backend
 from ...kernels.linear_attention import LinearState, accumulation_dtype, linear_attention
+from ..layers.rows import zero_pads
 from ..protocol import Mixer, MixerOutput
 from ..registry import did_you_mean, register_mixer
 
@@ -115,7 +116,8 @@ class LinearAttention(Mixer):
         self.check_inputs(
             x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
         )
-        source = x if context is None else context
+        x = zero_pads(x, mask)
+        source = x if context is None else zero_pads(context, context_mask)
         phi = FEATURE_MAPS[self.feature_map]
         heads = self.num_heads, self.head_dim
         y, new_state = linear_attention(

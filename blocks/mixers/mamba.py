@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ...kernels.dispatch import choose_backend
 from ...kernels.selective_scan import selective_scan
 from ..layers.conv import ShortConv
-from ..layers.rows import lay_out
+from ..layers.rows import lay_out, zero_pads
 from ..layers.ssm import check_step_options, inner_width, step_bias
 from ..parameters import tag_parameter
 from ..protocol import Mixer, MixerOutput, State
@@ -224,6 +224,7 @@ class Mamba(Mixer):
         self.check_inputs(
             x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
         )
+        x = zero_pads(x, mask)
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         u, gate = self.in_proj(x).chunk(2, -1)
         u = layout.place(u)

@@ -33,7 +33,7 @@ from ...kernels.dispatch import choose_backend
 from ...kernels.gated_linear_attention import gated_linear_attention
 from ..layers.conv import ShortConv
 from ..layers.projections import check_divides
-from ..layers.rows import lay_out
+from ..layers.rows import lay_out, zero_pads
 from ..layers.ssm import check_step_options, inner_width, step_bias
 from ..parameters import tag_parameter
 from ..protocol import Mixer, MixerOutput, State
@@ -308,6 +308,7 @@ class Mamba2(Mixer):
         self.check_inputs(
             x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
         )
+        x = zero_pads(x, mask)
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         z0, x0, gate, inputs = self.in_proj(x).split(self.widths, -1)
         heads = self.scan.num_heads

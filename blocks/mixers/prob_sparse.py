@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.prob_sparse import prob_sparse_attention
+from ..layers.rows import zero_pads
 from ..protocol import Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
@@ -129,7 +130,8 @@ class ProbSparseAttention(Mixer):
         self.check_inputs(
             x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
         )
-        source, source_mask = (x, mask) if context is None else (context, context_mask)
+        x = zero_pads(x, mask)
+        source, source_mask = (x, mask) if context is None else (zero_pads(context, context_mask), context_mask)
         q, k, v = (
             projection(t).unflatten(-1, (self.num_heads, self.head_dim))
             for projection, t in ((self.q_proj, x), (self.k_proj, source), (self.v_proj, source))

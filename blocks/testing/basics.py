@@ -68,6 +68,8 @@ def check_shapes_and_dtypes(s: Subject) -> None:
                     f"{what}: expected within {CLOSE[dtype]:g} of fp32 (rms), got {value:.3g}",
                 )
     with torch.no_grad():
+        y = double(s.tensor(2, 0), s.context(2)).y
+        expect(y.shape == (2, 0, s.dim), f"L=0: expected y {(2, 0, s.dim)}, got {tuple(y.shape)}")
         y = double(s.tensor(2, 12 + double.num_prefix_tokens), s.context(2), grid=(3, 4)).y
     expect_finite(y, "with grid=(3, 4)")
 

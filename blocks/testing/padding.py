@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def pad(rows: list[Tensor], width: int, side: str, filler: float) -> tuple[Tenso
 
 
 def check_padding(s: Subject) -> None:
-    """Outputs and gradients of real tokens do not know of pads on either side; outputs at pads are 0."""
+    """Outputs and gradients of real tokens do not know what pads on either side hold; outputs at pads are 0."""
     mixer, lengths = s.mixer(), [13, 9, 4, 1, 0]
     rows = [s.tensor(n, seed=30 + n).requires_grad_() for n in lengths]
     weights = [s.tensor(n, seed=60 + n) for n in lengths]
@@ -40,7 +42,7 @@ def check_padding(s: Subject) -> None:
     objective = torch.stack([(y * w).sum() for y, w in zip(alone, weights, strict=True)]).sum()
     want, names = gradients(objective, mixer, *rows)
     for side in ("right", "left"):
-        for width, filler in ((13, 0.0), (13, 1e3), (18, -1e3)):
+        for width, filler in ((13, 0.0), (13, 1e3), (18, -1e3), (15, math.nan)):
             what = f"padded {side} to {width} with {filler:g}"
             x, mask = pad([row.detach() for row in rows], width, side, filler)
             x.requires_grad_()
@@ -67,7 +69,7 @@ def check_context_padding(s: Subject) -> None:
     alone = torch.cat([mixer(x[i : i + 1], c[None]).y for i, c in enumerate(contexts)])
     want, names = gradients((alone * weight).sum(), mixer, x, *contexts)
     for side in ("right", "left"):
-        for width, filler in ((6, 0.0), (9, 1e3)):
+        for width, filler in ((6, 0.0), (9, 1e3), (8, math.nan)):
             what = f"context padded {side} to {width} with {filler:g}"
             context, mask = pad([c.detach() for c in contexts], width, side, filler)
             context.requires_grad_()
