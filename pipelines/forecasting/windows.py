@@ -118,15 +118,20 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     def _gather(self, first: np.ndarray, rows: int, series: np.ndarray) -> tuple[Tensor, Tensor]:
         """Scaled values (B, rows, columns) with 0 where missing, and where they are observed."""
-        block = torch.from_numpy(_windows(self.table.values, rows)[first])
+        block = torch.from_numpy(_windows(self.table.values, rows, first))
         # One long row per window: broadcasting over a short last axis takes twenty times as long.
-        index = torch.from_numpy(series) if len(self._center) > 1 else slice(None)
-        center, scale = (t[index].repeat(1, rows) for t in (self._center, self._scale))
+        center, scale = (self._in_rows(t, rows, series) for t in (self._center, self._scale))
         block.view(len(block), -1).sub_(center).mul_(scale)
         if not self.table.has_missing:
             return block, torch.ones(1, 1, 1, dtype=torch.bool).expand(block.shape)
         missing = block.isnan()
         return block.masked_fill_(missing, 0), missing.logical_not_()
+
+    def _in_rows(self, values: Tensor, rows: int, series: np.ndarray) -> Tensor:
+        """(N, columns) as (B or 1, rows x columns), those of each window's series."""
+        if len(values) > 1:
+            return values[torch.from_numpy(series)].repeat(1, rows)
+        return values.expand(rows, -1).reshape(1, -1)
 
     def _time_features(self, first: np.ndarray, rows: int) -> Tensor:
         """Calendar features (B, rows, T) of rows of the table."""
@@ -134,8 +139,8 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
             return torch.zeros(len(first), rows, 0)
         features = self.table.time_features
         if features is not None:
-            return torch.from_numpy(_windows(features, rows)[first])
-        clock, day = (_windows(codes, rows)[first] for codes in self.table.time_codes)
+            return torch.from_numpy(_windows(features, rows, first))
+        clock, day = (_windows(codes, rows, first) for codes in self.table.time_codes)
         return torch.from_numpy(self._calendar.features(clock, day))
 
     def _times_after(self, series: np.ndarray, origin: np.ndarray) -> Tensor:
@@ -152,10 +157,13 @@ def identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def _windows(array: np.ndarray, length: int) -> np.ndarray:
-    """A view (rows - length + 1, length, ...) in which item i is array[i : i + length]; copies nothing.
+def _windows(array: np.ndarray, length: int, first: np.ndarray) -> np.ndarray:
+    """A copy (B, length, ...) of the windows array[i : i + length], i of `first`. `array` is contiguous.
 
-    `array` is contiguous. Built directly, which takes a tenth of the time of numpy's helpers for this.
+    Each window is one record of bytes, so that numpy copies it in one piece: a fifth of the time of indexing a view
+    of overlapping windows, which it copies number by number.
     """
-    shape = (len(array) - length + 1, length, *array.shape[1:])
-    return np.ndarray(shape, array.dtype, buffer=array, strides=(array.strides[0], *array.strides))
+    record = np.dtype((np.void, length * array.strides[0]))
+    places = (max(0, len(array) - length + 1),)
+    windows = np.ndarray(places, record, buffer=array, strides=(array.strides[0],))
+    return windows[first].view(array.dtype).reshape(len(first), length, *array.shape[1:])
