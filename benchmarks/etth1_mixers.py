@@ -3,15 +3,17 @@
     SEQZOO_DATA=/folder/with/ETTh1.csv python benchmarks/etth1_mixers.py
 
 Runs `lightning fit experiment=forecasting/etth1_patch mixer=<key>` for each mixer that can read a whole window, and
-`model=dlinear` beside them, and writes benchmarks/results/etth1_mixers.json.
+`model=dlinear` beside them, and writes benchmarks/results/etth1_mixers.json after each. With --mixers, rows of others
+that an earlier call wrote with the same settings stay.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from _runs import ROOT, fit, write_result
+from _runs import ROOT, earlier_rows, fit, write_result
 
 # 512 steps are 21 patches: fewer agents than those, and small regions; everything else is the mixer's default.
 OPTIONS = {"agent": ["mixer.num_agents=9"], "bi_level_routing": ["mixer.region_size=4"]}
@@ -28,7 +30,16 @@ def main() -> None:
 
     import seqzoo
 
-    rows = []
+    settings = {"seed": options.seed, "overrides": options.overrides}
+    rows = {entry["mixer"]: entry for entry in earlier_rows("etth1_mixers", settings)}
+
+    def add(entry: dict[str, Any]) -> None:
+        rows[entry["mixer"]] = entry
+        print(entry, flush=True)
+        write_result(
+            "etth1_mixers", {"settings": settings, "rows": sorted(rows.values(), key=lambda entry: entry["mse"])}
+        )
+
     for mixer in options.mixers or seqzoo.list_mixers(pattern="self"):
         metrics = fit(
             [
@@ -41,31 +52,19 @@ def main() -> None:
             options.runs / f"etth1_patch_{mixer}",
             threads=options.threads,
         )
-        rows.append(row(mixer, metrics))
-        print(rows[-1], flush=True)
+        add(row(mixer, metrics))
     linear = ["data=etth1", "model=dlinear", "data.seq_len=512", "data.pred_len=96", "data.batch_size=128"]
     linear += ["task.loss=mse", "trainer.max_epochs=8", f"seed={options.seed}"]
     metrics = fit(linear, options.runs / "etth1_dlinear", threads=options.threads)
-    rows.append(row("(dlinear)", metrics))
+    add(row("(dlinear)", metrics))
     for method, units in metrics["test"].items():
         if method.startswith("seasonal-naive"):
             scaled = units["scaled"]["overall"]
-            rows.append(
-                {
-                    "mixer": f"({method})",
-                    "mse": scaled["mse"],
-                    "mae": scaled["mae"],
-                    "epochs": 0,
-                    "seconds": 0,
-                }
-            )
-    rows.sort(key=lambda r: r["mse"])
-    for entry in rows:
-        print(f"{entry['mixer']:22} MSE {entry['mse']:.4f} MAE {entry['mae']:.4f} {entry['seconds']:6.0f} s")
-    print(write_result("etth1_mixers", {"rows": rows}))
+            found = {"mse": scaled["mse"], "mae": scaled["mae"], "epochs": 0, "seconds": 0}
+            add({"mixer": f"({method})", **found})
 
 
-def row(name: str, metrics: dict) -> dict:
+def row(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "mixer": name,
         "mse": metrics["test/mse"],

@@ -17,14 +17,13 @@ matplotlib, docs/pictures/recall.png.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from _runs import RESULTS, ROOT, write_result
+from _runs import ROOT, earlier_rows, write_result
 from torch import Tensor, nn
 
 import seqzoo
@@ -138,20 +137,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     settings = {k: v for k, v in vars(options).items() if k != "mixers"}
     settings |= {"vocabulary": VOCAB, "training": [list(pair) for pair in TRAINING]}
-    rows = finished_rows(settings)
+    rows = earlier_rows("recall", settings)
     for name in options.mixers or seqzoo.list_mixers(pattern="causal"):
         row = measure({"name": name, **OPTIONS.get(name, {})}, options)
         rows = sorted([*(r for r in rows if r["mixer"] != name), row], key=lambda r: r["mixer"])
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         write_result("recall", {"settings": settings, "rows": rows})  # each takes minutes
     draw(rows)
-
-
-def finished_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier call with the same settings: mixers can be measured one after another."""
-    path = RESULTS / "recall.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return known["rows"] if known.get("settings") == settings else []
 
 
 def measure(mixer: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
