@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..blocks.layers.distributions import create_output
+from ..blocks.layers.dropout import Dropout
 from ..blocks.layers.embeddings import CircularConv, SeriesEmbedding
 from ..blocks.protocol import Mixer
 from ..blocks.registry import create_mixer
@@ -33,7 +34,7 @@ class FeedForward(nn.Module):
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation={activation!r} must be one of {', '.join(_ACTIVATIONS)}")
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.activation, self.drop = _ACTIVATIONS[activation], nn.Dropout(drop)
+        self.activation, self.drop = _ACTIVATIONS[activation], Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.down(self.drop(self.activation(self.up(x)))))
@@ -47,7 +48,7 @@ class EncoderLayer(nn.Module):
         self.attention = attention
         self.ffn = FeedForward(dim, hidden, drop=drop, activation=activation)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x + self.drop(self.attention(x).y))
@@ -64,8 +65,10 @@ class Distil(nn.Module):
         self.pool = nn.MaxPool1d(3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.elu(self.norm(self.conv(x).transpose(1, 2)))
-        return self.pool(x).transpose(1, 2)
+        x = self.conv(x)
+        # Channels stay last: normalised as rows, pooled in the layout that torch pools fastest.
+        x = F.elu(self.norm(x.flatten(0, 1)).view_as(x))
+        return self.pool(x.transpose(1, 2)).transpose(1, 2)
 
 
 class DecoderLayer(nn.Module):
@@ -78,10 +81,14 @@ class DecoderLayer(nn.Module):
         self.attention, self.cross_attention = attention, cross_attention
         self.ffn = FeedForward(dim, hidden, drop=drop, activation=activation)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = self.norm1(x + self.drop(self.attention(x).y))
+    def forward(self, x: Tensor, context: Tensor, last: int | None = None) -> Tensor:
+        """x: (B, L, D). last: the number of final steps that are wanted, (B, last, D); all by default."""
+        y = self.attention(x).y
+        if last is not None:  # what follows looks at each step alone
+            x, y = x[:, -last:], y[:, -last:]
+        x = self.norm1(x + self.drop(y))
         x = self.norm2(x + self.drop(self.cross_attention(x, context).y))
         return self.norm3(x + self.ffn(x))
 
@@ -202,8 +209,8 @@ class Informer(Forecaster):
                 x = self.distil[i](x)
         context = self.encoder_norm(x)
         y = self.decoder_embedding(decoder_in, decoder_time)
-        for layer in self.decoder:
-            y = layer(y, context)
+        for i, layer in enumerate(self.decoder):
+            y = layer(y, context, self.pred_len if i == len(self.decoder) - 1 else None)
         raw = self.proj(self.decoder_norm(y[:, -self.pred_len :]))
         return self.output.constrain(raw.unflatten(-1, (self.out_channels, self.output.num_params)))
 

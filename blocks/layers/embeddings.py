@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dropout import Dropout
 from .positions import SinusoidalPosition
 
 # rows of the lookup tables of Informer's "fixed" and "learned" time embeddings: month, day, weekday, hour, quarter hour
@@ -47,7 +48,9 @@ class CircularConv(nn.Module):
             nn.init.kaiming_normal_(self.conv.weight, mode="fan_in", nonlinearity="leaky_relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+        # One product of (before, here, after): faster than a convolution, and channels stay last.
+        taps = torch.cat((x.roll(1, 1), x, x.roll(-1, 1)), -1)
+        return F.linear(taps, self.conv.weight.transpose(1, 2).flatten(1), self.conv.bias)
 
 
 class CalendarTables(nn.Module):
@@ -103,7 +106,7 @@ class SeriesEmbedding(nn.Module):
                 self.time = nn.Linear(num_time_features, dim, bias=bias)
             else:
                 self.time = CalendarTables(dim, num_parts=num_time_features, learned=time_embedding == "learned")
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
 
     def forward(self, values: Tensor, time: Tensor | None = None) -> Tensor:
         """values: (B, L, in_channels); time: (B, L, num_time_features). Returns (B, L, D)."""

@@ -78,6 +78,44 @@ def test_informer_distil_is_transformers():
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 2, 13, 24])
+def test_informer_circular_convolution_is_torch_own(length):
+    from seqzoo.blocks.layers.embeddings import CircularConv
+
+    layer = CircularConv(5, 7)
+    x = torch.randn(2, length, 5, requires_grad=True)
+    cotangent = torch.randn(2, length, 7)
+    inputs = [x, layer.conv.weight, layer.conv.bias]
+    found, expected = layer(x), layer.conv(x.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(y, inputs, cotangent) for y in (found, expected))
+    for ours, torchs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("preset", ["clean", "original"])
+def test_informer_steps_that_nobody_reads_change_nothing(preset, depth):
+    """The last decoder layer computes the horizon alone: as if it had computed the start token too."""
+    model = create_model(
+        "informer", seq_len=24, pred_len=12, in_channels=2, dim=16, num_heads=2, preset=preset, decoder_depth=depth
+    ).eval()
+    batch = make_batch(seq_len=24)
+    short = model(batch)
+    layer = model.decoder[-1]
+    run = layer.forward
+    lengths = []
+
+    def whole(x, context, last=None):
+        y = run(x, context)
+        lengths.append((last, y.shape[1]))
+        return y
+
+    layer.forward = whole
+    torch.testing.assert_close(model(batch), short, rtol=1e-5, atol=1e-6)
+    assert lengths == [(12, 24)]
+
+
 def test_informer_decoder_never_sees_the_future_targets():
     model = create_model("informer", seq_len=24, pred_len=12, in_channels=2, dim=16, num_heads=2).eval()
     batch = make_batch(seq_len=24)
