@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqzoo.kernels.associative_scan import scan_
 from seqzoo.kernels.dispatch import backends
 from seqzoo.kernels.selective_scan import selective_scan
-from seqzoo.kernels.selective_scan.chunked import _backward, _forward, default_chunk, scan_
+from seqzoo.kernels.selective_scan.chunked import _backward, _forward, default_chunk
 
 BACKENDS = ["chunked", "naive"]
 
@@ -212,10 +213,10 @@ def test_memory_is_linear_and_has_no_state_per_token():
 
 
 def test_default_chunks_follow_the_sizes():
-    assert default_chunk(1, 4096, 128, 16, "cpu") == 128
-    assert default_chunk(64, 4096, 1536, 16, "cpu") == 16  # never so short that states outgrow the inputs
-    assert default_chunk(1, 5, 128, 16, "cpu") == 5
-    assert default_chunk(1, 4096, 1, 1, "cpu") == 256
+    assert default_chunk(4096, 128, 16, "cpu") == 128
+    assert default_chunk(4096, 1536, 16, "cpu") == 16  # never so short that states outgrow the inputs
+    assert default_chunk(5, 128, 16, "cpu") == 5
+    assert default_chunk(4096, 1, 1, "cpu") == 256
 
 
 def test_an_empty_sequence_keeps_the_state():
