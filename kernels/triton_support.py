@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,16 @@ def lazily(module: str, name: str, package: str) -> Callable[..., Any]:
     module: relative to `package`, for example ".fused" and `__name__`.
     """
 
+    full = importlib.util.resolve_name(module, package)
+
+    @torch.compiler.assume_constant_result
+    def load() -> bool:
+        importlib.import_module(full)
+        return True
+
     def run(*args: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(module, package), name)(*args, **options)
+        load()  # a compiler that traces this runs it once; it could not trace an import by name
+        return getattr(sys.modules[full], name)(*args, **options)
 
     run.__name__ = run.__qualname__ = name
     return run

@@ -6,12 +6,25 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .chunked import chunked_selective_scan
 from .naive import naive_selective_scan
 
 __all__ = ["selective_scan"]
 
 OP = "selective_scan"
+register_backend(
+    OP,
+    "triton",
+    lazily(".fused", "fused_selective_scan", __name__),
+    note="states in registers, one warp per few channels",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    devices=("cuda",),
+    features=("state", "lengths"),
+    limits={"states": 64},
+    interpretable=True,
+    probe=unusable,
+)
 register_backend(OP, "chunked", chunked_selective_scan, note="a tree scan within chunks", features=("state", "lengths"))
 register_backend(OP, "naive", naive_selective_scan, note="token after token", features=("state", "lengths"))
 
@@ -37,7 +50,8 @@ def selective_scan(
     u, dt: (B, L, E), dt >= 0 (after softplus). a: (E, N), negative. b, c: (B, L, N). skip: (E,), D of the paper.
     lengths: int64 (B,), real tokens of each right-padded row; beyond them dt = 0, so that the state stays as it is
     (y there is arbitrary). initial_state: (B, E, N), before the first token.
-    chunk_size: tokens per step of "chunked", None for what suits the sizes. backend: "auto", "chunked" or "naive".
+    chunk_size: tokens per step of "chunked", None for what suits the sizes. backend: "auto", "triton", "chunked" or
+    "naive".
     Computed in float32 (float64 if u is), under autocast too.
     Returns y (B, L, E) in the dtype of u and, with return_state, the last h (B, E, N) in float32 (float64), else None.
     Raises ValueError for shapes, dtypes or a backend that cannot serve.
@@ -48,6 +62,7 @@ def selective_scan(
         backend,
         dtype=u.dtype,
         device=u.device,
+        sizes={"states": a.shape[1]},
         state=initial_state is not None or return_state,
         lengths=lengths is not None,
     )
@@ -59,6 +74,9 @@ def selective_scan(
         initial = torch.zeros(u.shape[0], *a.shape, device=u.device, dtype=wide)
     else:
         initial = initial_state.to(wide)
+    if choice.name == "triton":  # adds skip u itself
+        y, last = choice.run(u, dt, a, b, c, initial, skip=skip)
+        return y, last if return_state else None
     y, last = choice.run(u, dt, a, b, c, initial, chunk_size=chunk_size)
     if skip is not None:
         y = torch.addcmul(y, u.to(wide), skip.to(wide))
