@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..s4d_conv.chunked import from_channels, last_chunk, scan, to_channels, toeplitz
+from ..s4d_conv.spans import chunk_recurrence
 from .naive import Coefficients, EmaState
 
-CHUNK = 64
+CHUNK = 32
 
 
 class Tables(NamedTuple):
@@ -84,7 +85,7 @@ def final_state(
     chunk = tables.read.shape[2]
     if lengths is None:
         lengths = torch.full((batch,), length, device=drive.device)
-    ends = [last_chunk(part.flatten(2), lengths, chunk) for part in drive.split(chunk, 3)]
+    ends = [last_chunk(part.flatten(2).permute(1, 2, 0), lengths, chunk) for part in drive.split(chunk, 3)]
     _, last, rest = ends[0]
     added = torch.cat([tokens for tokens, _, _ in ends], 2) @ tables.write  # (D, B, N)
     before = states.gather(2, last.view(1, -1, 1, 1).expand(dim, -1, 1, states.shape[3])).squeeze(2)
@@ -107,17 +108,49 @@ def ema_chunked(
     output_state: bool,
 ) -> tuple[Tensor, EmaState | None]:
     """`ema` with checked arguments, x in fp32 or fp64 with zeros beyond `lengths`."""
+    if output_state and lengths is None:
+        lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
+    if truncation is not None:
+        return _truncated(x, ahead, behind, skip, truncation, lengths, state, output_state)
+    chunk = min(CHUNK, x.shape[1])
+    first, second = make_tables(ahead, chunk, None, skip=skip), None
+    block = first.blocks[0]
+    if behind is not None:
+        second = make_tables(behind, chunk, None, mirrored=True)
+        block = block + second.blocks[0]
+    start = None if state is None else state.h.transpose(0, 1).unsqueeze(-1)
+    last = (lengths - 1).clamp(min=0) // chunk if output_state and lengths is not None else None
+    decay = first.power[..., -1:]
+    y, before = chunk_recurrence(x, block, first.write, first.read, decay, start=start, last=last)
+    if second is not None and x.shape[1] > chunk:
+        decay = second.power[..., -1:]
+        y = y.add_(chunk_recurrence(x, None, second.write, second.read, decay, reverse=True)[0])
+    if lengths is None or last is None:
+        return y, None
+    tokens, _, rest = last_chunk(x, lengths, chunk)
+    aged = first.power.index_select(2, rest).transpose(1, 2) * before.squeeze(-1)
+    return y, EmaState((aged + tokens @ first.write).transpose(0, 1))
+
+
+def _truncated(
+    x: Tensor,
+    ahead: Coefficients,
+    behind: Coefficients | None,
+    skip: Tensor | None,
+    truncation: int,
+    lengths: Tensor | None,
+    state: EmaState | None,
+    output_state: bool,
+) -> tuple[Tensor, EmaState | None]:
+    """Averages over the last (and next) W inputs: all chunks at once, with the inputs that leave the window."""
     batch, length, dim = x.shape
     chunk = min(CHUNK, length)
-    channels, full = to_channels(x), None
-    parts = [channels]
-    if truncation is not None:
-        full = with_tail(channels, truncation, state)
-        parts.insert(0, full[..., :length])
-        if behind is not None:
-            parts.append(F.pad(channels, (0, truncation))[..., -length:])
-    split_parts = [split(part, chunk) for part in parts]
-    drive = torch.cat(split_parts, 3) if len(parts) > 1 else split_parts[0]
+    channels = to_channels(x)
+    full = with_tail(channels, truncation, state)
+    parts = [full[..., :length], channels]
+    if behind is not None:
+        parts.append(F.pad(channels, (0, truncation))[..., -length:])
+    drive = torch.cat([split(part, chunk) for part in parts], 3)
     groups = drive.shape[2]
     first = make_tables(ahead, chunk, truncation, skip=skip)
     blocks = first.blocks

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .discretize import powers
+from .spans import chunk_recurrence
 
-CHUNK = 64
+CHUNK = 32
 
 
 class Tables(NamedTuple):
@@ -90,28 +90,24 @@ def toeplitz(kernel: Tensor, reverse: Tensor | None) -> Tensor:
 def last_chunk(u: Tensor, lengths: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """The last chunk of each row with its real tokens moved to its end, zeros before them: (D, B, T).
 
-    u: (D, B, G * T). lengths: int64 (B,). Returns also that chunk's index and its number of tokens, int64 (B,).
+    u: (B, L, D). lengths: int64 (B,). Returns also that chunk's index and its number of tokens, int64 (B,).
     """
     last = (lengths - 1).clamp(min=0) // chunk
     rest = lengths - last * chunk
     place = torch.arange(chunk, device=u.device) - (chunk - rest).unsqueeze(1)  # within the chunk, < 0: empty
-    index = (place.clamp(min=0) + (last * chunk).unsqueeze(1)).expand(u.shape[0], -1, -1)
-    return u.gather(2, index) * (place >= 0), last, rest
+    index = (place.clamp(min=0) + (last * chunk).unsqueeze(1)).unsqueeze(2).expand(-1, -1, u.shape[2])
+    return (u.gather(1, index) * (place >= 0).unsqueeze(2)).permute(2, 0, 1), last, rest
 
 
-def final_state(u: Tensor, tables: Tables, states: Tensor, lengths: Tensor | None) -> Tensor:
-    """The state after the last real token of each row, real (B, D, N, 2); u: (D, B, G * T), states before
-    each chunk.
+def final_state(u: Tensor, tables: Tables, before: Tensor, lengths: Tensor) -> Tensor:
+    """The state after the last real token of each row, real (B, D, N, 2); before: complex (D, B, N), the state before
+    each row's last chunk.
 
     The tokens of a row's last chunk are moved to its end, so one `write` serves every length and pads change
     nothing.
     """
-    dim, batch, _ = u.shape
-    if lengths is None:
-        lengths = torch.full((batch,), u.shape[2], device=u.device)
-    tokens, last, rest = last_chunk(u, lengths, tables.write.shape[1])
+    tokens, _, rest = last_chunk(u, lengths, tables.write.shape[1])
     added = (tokens @ tables.write).unflatten(2, (-1, 2))  # (D, B, N, 2)
-    before = states.gather(2, last.view(1, -1, 1, 1).expand(dim, -1, 1, states.shape[3])).squeeze(2)
     decay = tables.power.index_select(2, rest).transpose(1, 2)  # (D, B, N)
     return (torch.view_as_real(decay * before) + added).transpose(0, 1)
 
@@ -129,35 +125,25 @@ def s4d_conv_chunked(
     output_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`s4d_conv` with checked arguments, u in fp32 or fp64 with zeros beyond `lengths`."""
-    batch, length, dim = u.shape
+    batch, length, _ = u.shape
     chunk = min(CHUNK, length)
-    groups = -(-length // chunk)
     tables = make_tables(log_a, b, c, chunk)
-    power, decay = tables.power[..., :chunk], tables.power[..., chunk]
+    power, decay = tables.power[..., :chunk], torch.view_as_real(tables.power[..., chunk])
     kernel = 2 * (power * (b * c).unsqueeze(-1)).real.sum(1)
     if skip is not None:
         kernel = torch.cat((kernel[:, :1] + skip.unsqueeze(1), kernel[:, 1:]), 1)
-    channels = F.pad(to_channels(u), (0, groups * chunk - length))
-    rows = channels.view(dim, batch * groups, chunk)
     reverse = None
     if c_reverse is not None:
         reverse = 2 * (power * (b * c_reverse).unsqueeze(-1)).real.sum(1)
-    y = rows @ toeplitz(kernel, reverse)
-    start = None if state is None else torch.view_as_complex(state.contiguous()).transpose(0, 1)
-    states = None
-    if groups > 1 or start is not None or output_state:
-        local = (rows @ tables.write).view(dim, batch, groups, -1, 2)
-        states = scan(torch.view_as_complex(local), decay, start)
-        y = y.baddbmm_(torch.view_as_real(states).view(dim, batch * groups, -1), tables.read)
-    if c_reverse is not None and groups > 1:
+    if output_state and lengths is None:
+        lengths = torch.full((batch,), length, device=u.device)
+    start = None if state is None else state.transpose(0, 1)
+    last = (lengths - 1).clamp(min=0) // chunk if output_state and lengths is not None else None
+    y, before = chunk_recurrence(u, toeplitz(kernel, reverse), tables.write, tables.read, decay, start=start, last=last)
+    if c_reverse is not None and length > chunk:
         write = pairs(power * b.unsqueeze(-1)).transpose(1, 2)
         read = readout(power.flip(-1) * c_reverse.unsqueeze(-1))
-        local = torch.view_as_complex((rows @ write).view(dim, batch, groups, -1, 2))
-        behind = scan(local.flip(2), decay, None).flip(2)
-        y = y.baddbmm_(torch.view_as_real(behind).reshape(dim, batch * groups, -1), read)
-    y = from_channels(y.view(dim, batch, groups * chunk)[..., :length])
-    if not output_state or states is None:
+        y = y.add_(chunk_recurrence(u, None, write, read, decay, reverse=True)[0])
+    if lengths is None or last is None:
         return y, None
-    if lengths is None:
-        lengths = torch.full((batch,), length, device=u.device)
-    return y, final_state(channels, tables, states, lengths)
+    return y, final_state(u, tables, torch.view_as_complex(before), lengths)

@@ -65,4 +65,7 @@ def s4d_conv_fft(
         return from_channels(y), None
     if lengths is None:
         lengths = torch.full((batch,), length, device=u.device)
-    return from_channels(y), final_state(channels, tables, scan(local, decay, start), lengths)
+    last = ((lengths - 1).clamp(min=0) // chunk).view(1, -1, 1, 1)
+    states = scan(local, decay, start)
+    before = states.gather(2, last.expand(dim, -1, 1, states.shape[3])).squeeze(2)
+    return from_channels(y), final_state(u, tables, before, lengths)
