@@ -48,25 +48,24 @@ class MyMixer(Mixer):
             mask = torch.arange(x.shape[1], device=x.device) < cu_seqlens.diff()[:, None]
             out = self(x, mask=mask, state=state)
             return MixerOutput(out.y[mask][None], out.state)
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0.0)  # a pad may hold anything
         keep, value = self.in_proj(x).chunk(2, dim=-1)
         keep = keep.sigmoid()
         if mask is not None:
             keep = keep.masked_fill(~mask[..., None], 1.0)  # at a pad the average stays as it is
-        averages = self.run(keep, value, None if state is None else state.average)
-        last = averages[:, -1]
+        averages, last = self.run(keep, value, None if state is None else state.average)
         if not self.causal:
-            averages = averages + self.run(keep.flip(1), value.flip(1), None).flip(1)
+            averages = averages + self.run(keep.flip(1), value.flip(1), None)[0].flip(1)
         y = self.out_proj(averages)
         y = y if mask is None else y.masked_fill(~mask[..., None], 0.0)
         return MixerOutput(y, None if state is None else AverageState(last))
 
     def run(self, keep, value, average):
-        averages = []
-        average = torch.zeros_like(value[:, 0]) if average is None else average
+        averages = [value.new_zeros(len(value), self.dim) if average is None else average]
         for a, v in zip(keep.unbind(1), value.unbind(1), strict=True):
-            average = a * average + (1 - a) * v
-            averages.append(average)
-        return torch.stack(averages, dim=1)
+            averages.append(a * averages[-1] + (1 - a) * v)
+        return torch.stack(averages, dim=1)[:, 1:], averages[-1]
 
     def init_state(self, batch_size, *, max_len=None, device=None, dtype=None):
         if not self.causal:

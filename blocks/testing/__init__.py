@@ -30,6 +30,7 @@ _EVERYWHERE: dict[str, Check] = {
     "autocast": basics.check_autocast,
     "refusals": basics.check_refusals,
     "compile": basics.check_compile,
+    "export": basics.check_export,
     "options_covered": basics.check_options_covered,
 }
 _BY_PATTERN: dict[str, tuple[Check, set[str]]] = {
@@ -52,7 +53,7 @@ _STREAMING: dict[str, Check] = {
 }
 # Once per class and pattern: slow, about the class, or not for every option to keep (a window may look back
 # only).
-_FIRST = {"compile", "options_covered", "future_visible"}
+_FIRST = {"compile", "export", "options_covered", "future_visible"}
 
 CHECKS: dict[str, Check] = {
     **_EVERYWHERE,

@@ -249,6 +249,18 @@ def check_compile(s: Subject) -> None:
     expect_gradients(got, gradients((want * weight).sum(), mixer, x)[0], names, "compiled")
 
 
+def check_export(s: Subject) -> None:
+    """torch.export takes the forward too, for deployment: the exported program gives the same outputs."""
+    mixer, x, context = s.mixer(), s.tensor(2, 13), s.context(2)
+    inputs = (x,) if context is None else (x, context)
+    with torch.no_grad():
+        try:
+            program = torch.export.export(mixer, inputs).module()
+        except Exception as problem:
+            fail(f"expected a program, got {type(problem).__name__}: {' '.join(str(problem).split())[:400]}")
+        expect_close(program(*inputs).y, mixer(*inputs).y, EQUAL64, "exported output")
+
+
 class OtherState(NamedTuple):
     """A state that no mixer has."""
 

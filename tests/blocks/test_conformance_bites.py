@@ -36,13 +36,16 @@ class Honest(Mixer):
             return self.packed(x, cu_seqlens, state)
         start = self.init_state(len(x), dtype=x.dtype) if state is None else state
         real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-        keep, value = self.project(x)
+        keep, value = self.project(self.clean(x, real))
         y, end = self.scan(self.closed(keep.sigmoid(), real), value, real, start)
         y = self.finish(self.out_proj(y), x).masked_fill(~real[..., None], 0.0)
         return MixerOutput(y, None if state is None else self.carry(start, end))
 
     def check(self, *inputs: Tensor | None, **options: Any) -> None:
         self.check_inputs(*inputs, **options)
+
+    def clean(self, x: Tensor, real: Tensor) -> Tensor:
+        return x.masked_fill(~real[..., None], 0.0)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.in_proj(x).chunk(2, dim=-1)
@@ -55,7 +58,10 @@ class Honest(Mixer):
         for a, v in zip(keep.unbind(1), value.unbind(1), strict=True):
             average = a * average + (1 - a) * v
             ys.append(average)
-        return torch.stack(ys, 1), Average(average, start.count + real.sum(1))
+        return self.joined(ys, value), Average(average, start.count + real.sum(1))
+
+    def joined(self, ys: list[Tensor], value: Tensor) -> Tensor:
+        return torch.stack(ys, 1) if ys else value
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         return y
@@ -228,8 +234,8 @@ class NoPickle(Honest):
 
 
 class ChangesInput(Honest):
-    def project(self, x):
-        return super().project(x if x.requires_grad else x.mul_(1.01))
+    def clean(self, x, real):
+        return super().clean(x if x.requires_grad else x.mul_(1.01), real)
 
 
 class IgnoresAutocast(Honest):
@@ -281,6 +287,23 @@ class CausalUnasked(Honest):
         return Mixer.state_size(self, length)
 
 
+class ReadsPads(Honest):
+    """Pads count for nothing, but they go through the projections: NaN times a gradient of 0 is NaN."""
+
+    def clean(self, x, real):
+        return x
+
+
+class NeedsAToken(Honest):
+    def joined(self, ys, value):
+        return torch.stack(ys, 1)
+
+
+class NoExport(Honest):
+    def finish(self, y, x):
+        return y + 1e-9 if torch.compiler.is_exporting() else y
+
+
 class HonestCross(Mixer):
     """Queries gate a softmax-weighted mean of the context."""
 
@@ -293,7 +316,8 @@ class HonestCross(Mixer):
     def forward(self, x, context=None, *, mask=None, context_mask=None, grid=None, **options):
         self.check_inputs(x, context, mask=mask, context_mask=context_mask, grid=grid, **options)
         real = torch.ones(context.shape[:2], dtype=torch.bool) if context_mask is None else context_mask
-        mean = self.mean(self.v_proj(context), real)
+        mean = self.mean(self.v_proj(context.masked_fill(~real[..., None], 0.0)), real)
+        x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         y = self.gate(self.q_proj(x).sigmoid(), mask) * mean
         return MixerOutput(y if mask is None else y.masked_fill(~mask[..., None], 0.0))
 
@@ -361,6 +385,9 @@ PLANTED: dict[type[Mixer], tuple[str, str]] = {
     AlwaysSingle: ("shapes_and_dtypes", "options_covered"),
     IgnoresDtype: ("device_and_dtype_arguments", "shapes_and_dtypes"),
     GraphBreak: ("compile", "gradcheck"),
+    NoExport: ("export", "compile"),
+    ReadsPads: ("padding", "streaming_masks packed shapes_and_dtypes"),
+    NeedsAToken: ("shapes_and_dtypes", "padding streaming"),
     UnknownOption: ("options_covered", "refusals"),
     UncoveredOption: ("options_covered", "refusals"),
     AcceptsAnything: ("refusals", "padding"),
