@@ -28,8 +28,8 @@ def associative_scan(
 ) -> Tensor:
     """h_t = a_t h_{t-1} + x_t along `dim`, as a scan of (a_2, x_2) o (a_1, x_1) = (a_1 a_2, a_2 x_1 + x_2).
 
-    x: any shape. a: broadcasts to x. Both real or complex. initial_state: h before the first step, x without `dim`;
-    None for zeros. reverse: from the end, h_t = a_t h_{t+1} + x_t, initial_state after the last step.
+    x: any shape. a: broadcasts to x. Both real or complex. initial_state: h before the first step, x without
+    `dim`; None for zeros. reverse: from the end, h_t = a_t h_{t+1} + x_t, initial_state after the last step.
     backend: "auto", "chunked" or "naive". Computed in float32 (complex64) at least, under autocast too.
     Returns h in the shape of x and the dtype that a, x and the initial state promote to.
     Raises ValueError for shapes, dtypes or a backend that cannot serve.
@@ -37,7 +37,8 @@ def associative_scan(
     if x.dim() == 0 or not -x.dim() <= dim < x.dim():
         raise ValueError(f"{OP}: dim={dim} is not a dimension of x {tuple(x.shape)}")
     dim %= x.dim()
-    if a.dim() > x.dim() or any(n not in (1, m) for n, m in zip(reversed(a.shape), reversed(x.shape), strict=False)):
+    sizes = zip(reversed(a.shape), reversed(x.shape), strict=False)
+    if a.dim() > x.dim() or any(n not in (1, m) for n, m in sizes):
         raise ValueError(f"{OP}: a {tuple(a.shape)} does not broadcast to x {tuple(x.shape)}")
     before = (*x.shape[:dim], *x.shape[dim + 1 :])
     if initial_state is not None and initial_state.shape != before:

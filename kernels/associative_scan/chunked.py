@@ -1,4 +1,4 @@
-"""The linear recurrence in place: step after step where a step is long, else a tree within chunks of the sequence.
+"""The linear recurrence in place: step after step where a step is long, else a tree in chunks of the sequence.
 
 What a chunk needs besides its result is its decays, which the tree uses up (README.md).
 """
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A call of PyTorch costs as much as some thousand elements: a step as long goes by itself, in two thirds of the tree's
-# work; shorter steps go by the tree, in calls on all pairs of a level. (On a GPU a call costs far more.)
+# A call of PyTorch costs as much as some thousand elements: a step as long goes by itself, in two thirds of the
+# tree's work; shorter steps go by the tree, in calls on all pairs of a level. (On a GPU a call costs far more.)
 LONG_STEP = {"cpu": 4096, "cuda": 1 << 20}
 BUFFER = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of a chunk: as many as stay in the cache of a CPU core
 
 
 def scan_(a: Tensor, x: Tensor, *, reverse: bool = False) -> None:
-    """x_t <- x_t + a_t x_{t-1} for t = 1, 2, ... in place (reverse: x_t + a_t x_{t+1}, from the end); a is used up.
+    """x_t <- x_t + a_t x_{t-1}, t = 1, 2, ..., in place (reverse: x_t + a_t x_{t+1}, from the end); uses up a.
 
-    a, x: (T, ...), any strides. Each x_t is a sum over s <= t only, in an order that the sizes decide; the first a
-    (reverse: the last) is not used.
+    a, x: (T, ...), any strides. Each x_t is a sum over s <= t only, in an order that the sizes decide; the first
+    a (reverse: the last) is not used.
     """
     if x.shape[0] and x[0].numel() >= LONG_STEP.get(x.device.type, LONG_STEP["cuda"]):
         _loop_(a, x, reverse)
@@ -96,12 +96,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-    """With g_t = dh_t + conj(a_{t+1}) g_{t+1}: dx = g, da_t = g_t conj(h_{t-1}), of the initial state conj(a_1) g_1."""
+    """With g_t = dh_t + conj(a_{t+1}) g_{t+1}: dx = g, da_t = g_t conj(h_{t-1}), dh_0 = conj(a_1) g_1."""
     a, initial, h = ctx.saved_tensors
     dim, reverse, length = ctx.dim, ctx.reverse, h.shape[ctx.dim]
     if length == 0:
         return torch.zeros_like(a), dh, torch.zeros_like(initial), None, None
-    first, rest, others = (length - 1, 0, 1) if reverse else (0, 1, 0)  # others: where the steps before `rest` start
+    # The first step, where all but the first begin, and where the steps before those begin.
+    first, rest, others = (length - 1, 0, 1) if reverse else (0, 1, 0)
     decay = a.conj()
     shifted = decay
     if a.shape[dim] > 1:  # the decay of the next step; the one at the end meets no state

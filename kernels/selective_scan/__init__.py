@@ -8,6 +8,7 @@ from torch import Tensor
 from ..dispatch import choose_backend, register_backend
 from ..triton_support import lazily, unusable
 from .chunked import chunked_selective_scan
+from .compiled import compiled_selective_scan, refusal_here
 from .naive import naive_selective_scan
 
 __all__ = ["selective_scan"]
@@ -27,6 +28,15 @@ register_backend(
 )
 register_backend(OP, "chunked", chunked_selective_scan, note="a tree scan within chunks", features=("state", "lengths"))
 register_backend(OP, "naive", naive_selective_scan, note="token after token", features=("state", "lengths"))
+register_backend(  # last: `auto` never builds anything
+    OP,
+    "compiled",
+    compiled_selective_scan,
+    note="C++, built when first asked for",
+    devices=("cpu",),
+    features=("state", "lengths"),
+    probe=refusal_here,
+)
 
 
 def selective_scan(
@@ -50,8 +60,8 @@ def selective_scan(
     u, dt: (B, L, E), dt >= 0 (after softplus). a: (E, N), negative. b, c: (B, L, N). skip: (E,), D of the paper.
     lengths: int64 (B,), real tokens of each right-padded row; beyond them dt = 0, so that the state stays as it is
     (y there is arbitrary). initial_state: (B, E, N), before the first token.
-    chunk_size: tokens per step of "chunked", None for what suits the sizes. backend: "auto", "triton", "chunked" or
-    "naive".
+    chunk_size: tokens per step of "chunked" and "compiled", None for what suits the sizes. backend: "auto", "triton",
+    "chunked", "naive" or, only when named, "compiled", which needs a C++ compiler once.
     Computed in float32 (float64 if u is), under autocast too.
     Returns y (B, L, E) in the dtype of u and, with return_state, the last h (B, E, N) in float32 (float64), else None.
     Raises ValueError for shapes, dtypes or a backend that cannot serve.
@@ -79,7 +89,7 @@ def selective_scan(
         return y, last if return_state else None
     y, last = choice.run(u, dt, a, b, c, initial, chunk_size=chunk_size)
     if skip is not None:
-        y = torch.addcmul(y, u.to(wide), skip.to(wide))
+        y = y.addcmul_(u.to(wide), skip.to(wide))
     return y.to(u.dtype), last if return_state else None
 
 

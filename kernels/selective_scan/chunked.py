@@ -1,9 +1,9 @@
 """The selective scan chunk by chunk: the fast PyTorch form, and the backend for the CPU.
 
-A few rows at a time, and of those a chunk of the sequence: its decays and inputs, (R, T, N, E) with the channels
-innermost, are scanned in place (`associative_scan`). Nothing is divided, so nothing overflows where decays underflow.
-What grows with the length is one state per chunk, from which the backward pass computes the chunk's states again
-(README.md).
+A few rows at a time, and of those a chunk of the sequence: its decays and inputs, (R, T, N, E) with the
+channels innermost, are scanned in place (`associative_scan`). Nothing is divided, so nothing overflows where
+decays underflow. What grows with the length is one state per chunk, from which the backward pass computes the
+chunk's states again (README.md).
 
 B batch, L length, E channels, N state width, R rows of a block, T tokens of a chunk, G chunks.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..associative_scan.chunked import scan_
 
-# Elements of a buffer: as many as stay in the cache of a CPU core (of a GPU: as keep it busy). Of one row at least
+# Elements of a buffer: as many as stay in the cache of a CPU core (of a GPU: as keep it busy). Of a row at least
 # MIN_CHUNK tokens, so that the saved states (L / T, N, E) are no larger than the inputs at the usual N = 16.
 BUFFER = {"cpu": 1 << 18, "cuda": 1 << 24}
 MIN_CHUNK, MAX_CHUNK = 16, 256
@@ -46,7 +46,7 @@ def _most_rows(blocks: list[slice]) -> int:
 
 
 class _Chunk:
-    """A chunk of some rows: dt, u, b, c in the dtype of the state, and buffers (R, T, N, E) that every chunk reuses."""
+    """A chunk of some rows: dt, u, b, c in the dtype of the state, and buffers that every chunk reuses."""
 
     def __init__(self, u: Tensor, dt: Tensor, a_NE: Tensor, b: Tensor, c: Tensor, tokens: int, buffers: int) -> None:
         """tokens: of all rows of a block, at most. a_NE: in the dtype of the state."""
@@ -65,7 +65,7 @@ class _Chunk:
         return self._buffers[index][: math.prod(shape)].view(shape)
 
     def decays(self, out: Tensor) -> Tensor:
-        """exp(dt a), (R, T, N, E), as 2^(dt a / ln 2): PyTorch's exp2 takes a third of the time of its exp."""
+        """exp(dt a), (R, T, N, E), as 2^(dt a / ln 2): exp2 takes a third of the time of PyTorch's exp."""
         return torch.mul(self.dt[:, :, None], self._rate_NE, out=out).exp2_()
 
     def states(self, decays: Tensor, before: Tensor, out: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def _backward(
             for number in range(len(parts) - 1, -1, -1):
                 at, before = parts[number], saved[number, rows]
                 tokens.load(rows, at)
-                # One more than there are tokens: the decay after the chunk, not used, where the reversed scan looks.
+                # One more than there are tokens: the scan from the end has a last decay, which it does not use.
                 decay = tokens.buffer(0, extra=1)
                 decay[:, -1] = 0
                 w, scratch, g = tokens.buffer(1), tokens.buffer(2), tokens.buffer(3)

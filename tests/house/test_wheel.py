@@ -16,7 +16,7 @@ import seqzoo
 
 REPO = Path(__file__).parents[2]
 FOLDERS = ("zoo", "blocks", "kernels", "pipelines", "conf", "model_cards")
-SUFFIXES = (".py", ".yaml", ".md", ".safetensors", ".json")
+SUFFIXES = (".py", ".cpp", ".yaml", ".md", ".safetensors", ".json")
 
 
 def source_files() -> list[str]:

@@ -4,20 +4,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqzoo.kernels.associative_scan import scan_
-from seqzoo.kernels.dispatch import backends
+from seqzoo.kernels.dispatch import backends, choose_backend
+from seqzoo.kernels.selective_scan import chunked as chunked_module
+from seqzoo.kernels.selective_scan import compiled as compiled_module
 from seqzoo.kernels.selective_scan import selective_scan
 from seqzoo.kernels.selective_scan.chunked import _backward, _forward, default_chunk
 
-BACKENDS = ["chunked", "naive"]
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    """Reads of memory that nobody wrote show up as NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+REFUSAL = compiled_module.refusal_here()
+COMPILED = pytest.param("compiled", marks=pytest.mark.skipif(REFUSAL is not None, reason=f"compiled {REFUSAL}"))
+FAST = ["chunked", COMPILED]
+BACKENDS = [*FAST, "naive"]
 
 
 def inputs(batch, length, channels=5, states=3, dtype=torch.float64, grad=False):
@@ -73,20 +69,87 @@ def test_the_decayed_sum(backend):
     close(h, torch.einsum("bsen,bse,bsn->ben", decay, dt * u, b))
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 500])
 @pytest.mark.parametrize("chunk_size", [None, 1, 5, 64])
-def test_chunks_equal_the_oracle(length, chunk_size):
+def test_chunks_equal_the_oracle(length, chunk_size, backend):
     tensors = inputs(2, length, grad=True)
     for got, want in zip(
-        gradients(tensors, backend="chunked", chunk_size=chunk_size), gradients(tensors, backend="naive"), strict=True
+        gradients(tensors, backend=backend, chunk_size=chunk_size), gradients(tensors, backend="naive"), strict=True
     ):
         close(got, want)
 
 
-def test_float32_stays_near_float64():
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("channels", "states"), [(1, 1), (8, 16), (16, 3), (17, 33), (64, 16)])
+def test_any_width(channels, states, backend):
+    """Whole and broken vectors of channels, in both precisions."""
+    tensors = inputs(2, 20, channels=channels, states=states, grad=True)
+    want = gradients(tensors, backend="naive")
+    for got, other in zip(gradients(tensors, backend=backend), want, strict=True):
+        close(got, other)
+    narrow = [t.detach().float().requires_grad_() for t in tensors]
+    for got, other in zip(gradients(narrow, backend=backend), want, strict=True):
+        close(got, other, 1e-5)
+
+
+@pytest.mark.parametrize("channels", [5, 1400])  # a step of all rows: below and above 4096 elements
+def test_blocks_of_rows(channels, monkeypatch):
+    """Rows that do not fit into one buffer go in blocks, the last one smaller."""
+    tensors = inputs(5, 9, channels=channels, grad=True)
+    want = gradients(tensors, backend="naive")
+    monkeypatch.setitem(chunked_module.BUFFER, "cpu", 2 * 4 * channels * 3)
+    assert len(chunked_module._blocks(5, 4, channels * 3, "cpu")) == 3
+    for got, other in zip(gradients(tensors, backend="chunked", chunk_size=4), want, strict=True):
+        close(got, other)
+
+
+@pytest.mark.skipif(REFUSAL is not None, reason=f"compiled {REFUSAL}")
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_threads_share_rows_and_channels(batch, monkeypatch):
+    tensors = inputs(batch, 30, channels=40, grad=True)
+    want = gradients(tensors, backend="naive")
+    monkeypatch.setattr(compiled_module, "TASK", 1)
+    torch.set_num_threads(3)
+    try:
+        assert compiled_module._split(tensors[0], 3) == (3, min(batch, 3), 3 // min(batch, 3))
+        found = gradients(tensors, backend="compiled")
+    finally:
+        torch.set_num_threads(1)
+    for got, other in zip(found, want, strict=True):
+        close(got, other)
+
+
+@pytest.mark.skipif(REFUSAL is not None, reason=f"compiled {REFUSAL}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_compiled_exponential(dtype):
+    """The decay of a state of one: near exp everywhere, and exact at the ends of the numbers."""
+    ends = torch.tensor([0.0, -1e4, 1e4, torch.inf, -torch.inf, torch.nan])
+    step = torch.cat([torch.linspace(-80, 80, 4001), torch.linspace(-1e-3, 1e-3, 101), ends]).to(dtype)
+    u, b, one = torch.zeros(1, 1, len(step), dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype), torch.ones_like(step)
+    state = one.view(1, -1, 1)
+    _, h = selective_scan(
+        u, one.view(1, 1, -1), step.view(-1, 1), b, b, initial_state=state, return_state=True, backend="compiled"
+    )
+    got, want = h.flatten(), step.double().exp()
+    bad = ~(torch.isfinite(want) & (want < torch.finfo(dtype).max))
+    torch.testing.assert_close(got[bad], step.exp()[bad], equal_nan=True, rtol=0, atol=0)
+    error = ((got.double() - want) / want)[~bad & (step > -1e3)].abs()
+    near = (step.abs() < 1)[~bad & (step > -1e3)]
+    assert error.max() < 80 * torch.finfo(dtype).eps  # the rounding of dt a, 80 at most
+    assert error[near].max() < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(REFUSAL is not None, reason=f"compiled {REFUSAL}")
+def test_auto_never_takes_the_compiled_form():
+    assert choose_backend("selective_scan", dtype=torch.float32, device="cpu").name == "chunked"
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_float32_stays_near_float64(backend):
     tensors = inputs(1, 2000, channels=8, states=16, dtype=torch.float32, grad=True)
     wide = [t.detach().double().requires_grad_() for t in tensors]
-    for got, want in zip(gradients(tensors), gradients(wide), strict=True):
+    for got, want in zip(gradients(tensors, backend=backend), gradients(wide), strict=True):
         assert got.dtype == torch.float32
         close(got, want, 1e-5)
 
@@ -97,24 +160,13 @@ def test_numeric_gradients(backend):
     assert torch.autograd.gradcheck(lambda *t: run(t, backend=backend, chunk_size=2), tensors)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 3, 6, 8, 13, 33])
-def test_the_tree_is_the_loop(length, reverse):
-    a, x = torch.rand(length, 2, dtype=torch.float64), torch.randn(length, 2, dtype=torch.float64)
-    want, order = x.clone(), range(1, length)
-    for t in order:
-        here, before = (length - 1 - t, length - t) if reverse else (t, t - 1)
-        want[here] = x[here] + a[here] * want[before]
-    scan_(a.clone(), x, reverse=reverse)
-    close(x, want)
-
-
-def test_decays_that_underflow_do_no_harm():
+@pytest.mark.parametrize("backend", FAST)
+def test_decays_that_underflow_do_no_harm(backend):
     """exp(dt a) = 0: every state is its own input, forwards and backwards."""
     u, _, a, b, c, skip, initial = inputs(1, 40, dtype=torch.float32, grad=True)
     dt = torch.full_like(u, 1e3).requires_grad_()
     a = (a.detach() - 1).requires_grad_()
-    found = gradients([u, dt, a, b, c, skip, initial], chunk_size=16)
+    found = gradients([u, dt, a, b, c, skip, initial], chunk_size=16, backend=backend)
     assert all(bool(torch.isfinite(t).all()) for t in found)
     close(found[0], 1e3 * u * (b * c).sum(-1, keepdim=True) + skip * u, 1e-5)
 
@@ -140,26 +192,49 @@ def test_lengths(backend):
         close(a, b)
 
 
-def test_a_sequence_in_pieces():
+@pytest.mark.parametrize("backend", FAST)
+def test_a_sequence_in_pieces(backend):
     u, dt, a, b, c, skip, h = inputs(2, 50)
-    whole = run((u, dt, a, b, c, skip, h), chunk_size=16)
+    whole = run((u, dt, a, b, c, skip, h), chunk_size=16, backend=backend)
     parts, start = [], 0
     for size in (20, 1, 1, 28):
         at = slice(start, start + size)
-        y, h = run((u[:, at], dt[:, at], a, b[:, at], c[:, at], skip, h), chunk_size=8)
+        y, h = run((u[:, at], dt[:, at], a, b[:, at], c[:, at], skip, h), chunk_size=8, backend=backend)
         parts.append(y)
         start += size
     close(torch.cat(parts, 1), whole[0])
     close(h, whole[1])
 
 
-def test_any_stride_and_an_untouched_input():
-    tensors = inputs(2, 30)
-    strided = [t.mT.contiguous().mT if t.dim() > 1 else t for t in tensors]
-    kept = [t.clone() for t in strided]
-    for got, want in zip(run(strided, chunk_size=7), run(tensors, chunk_size=7), strict=True):
-        close(got, want)
-    assert all(torch.equal(a, b) for a, b in zip(strided, kept, strict=True))
+@pytest.mark.parametrize("backend", FAST)
+def test_any_stride_and_an_untouched_input(backend):
+    tensors = inputs(2, 30, grad=True)
+    want = gradients(tensors, chunk_size=7, backend="naive")
+
+    def framed(t):
+        return torch.cat([torch.full_like(t, torch.nan), t], -1)[..., t.shape[-1] :]
+
+    for lay in (lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, framed):
+        strided = [lay(t.detach()).requires_grad_() for t in tensors]
+        kept = [t.clone() for t in strided]
+        for got, other in zip(gradients(strided, chunk_size=7, backend=backend), want, strict=True):
+            close(got, other)
+        assert all(torch.equal(a, b) for a, b in zip(strided, kept, strict=True))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_inputs_and_cotangents_that_are_expanded_or_negated(backend):
+    u, dt, a, b, c, _, _ = inputs(2, 30, grad=True)
+    _, *others = (t.detach() for t in (u, dt, a, b, c))
+    row = others[0][:1].expand(2, -1, -1)
+    negated = torch.complex(torch.zeros_like(u), -u).conj().imag  # a real view that carries a negation
+    assert negated.is_neg()
+
+    def loss(backend, u):
+        return selective_scan(u, row, *others[1:], backend=backend)[0].sum()  # its cotangent has stride 0
+
+    got = torch.autograd.grad(loss(backend, negated), u)[0]
+    close(got, torch.autograd.grad(loss("naive", u), u)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,12 +248,14 @@ def test_half_precision_is_computed_in_float32(backend):
     assert torch.equal(y, want.bfloat16())
 
 
-def test_the_past_is_bitwise_independent_of_the_future():
-    u, dt, a, b, c, _, _ = inputs(2, 70, dtype=torch.float32)
-    want, _ = selective_scan(u, dt, a, b, c, chunk_size=16)
+@pytest.mark.parametrize("channels", [5, 1400])
+@pytest.mark.parametrize("backend", FAST)
+def test_the_past_is_bitwise_independent_of_the_future(backend, channels):
+    u, dt, a, b, c, _, _ = inputs(2, 70, channels=channels, dtype=torch.float32)
+    want, _ = selective_scan(u, dt, a, b, c, chunk_size=16, backend=backend)
     for cut in (1, 15, 16, 17, 40, 69):
         u2, dt2, b2, c2 = (torch.cat([t[:, :cut], t[:, cut:] + 1e3], 1) for t in (u, dt, b, c))
-        got, _ = selective_scan(u2, dt2, a, b2, c2, chunk_size=16)
+        got, _ = selective_scan(u2, dt2, a, b2, c2, chunk_size=16, backend=backend)
         assert torch.equal(got[:, :cut], want[:, :cut])
         assert not torch.equal(got[:, cut:], want[:, cut:])
 
@@ -219,16 +296,51 @@ def test_default_chunks_follow_the_sizes():
     assert default_chunk(4096, 1, 1, "cpu") == 256
 
 
-def test_an_empty_sequence_keeps_the_state():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_sequence_keeps_the_state(backend):
     tensors = inputs(2, 0)
-    for backend in BACKENDS:
-        y, h = run(tensors, backend=backend)
-        assert y.shape == (2, 0, 5)
-        assert torch.equal(h, tensors[6])
+    y, h = run(tensors, backend=backend)
+    assert y.shape == (2, 0, 5)
+    assert torch.equal(h, tensors[6])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("batch", "length"), [(0, 4), (2, 0)])
+def test_nothing_to_scan_has_gradients(batch, length, backend):
+    *scan, _, initial = inputs(batch, length, grad=True)
+    y, h = selective_scan(*scan, initial_state=initial, return_state=True, backend=backend)
+    found = torch.autograd.grad(y.sum() + h.sum(), [*scan, initial])
+    assert all(bool((t == 0).all()) for t in found[:-1])
+    assert bool((found[-1] == 1).all())
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_compiles_into_one_graph(backend):
+    tensors = inputs(2, 20, grad=True)
+    compiled = torch.compile(lambda *t: run(t, backend=backend), fullgraph=True, backend="aot_eager")
+    y, h = compiled(*tensors)
+    got = torch.autograd.grad(y.sum() + h.sum(), tensors)
+    y, h = run(tensors, backend="naive")
+    for one, other in zip(got, torch.autograd.grad(y.sum() + h.sum(), tensors), strict=True):
+        close(one, other)
+
+
+@pytest.mark.skipif(REFUSAL is not None, reason=f"compiled {REFUSAL}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_operators_are_registered_in_full(dtype):
+    *scan, _, initial = inputs(2, 6, dtype=dtype, grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    operators = torch.ops.seqzoo
+    initial = initial.detach().float().requires_grad_()
+    torch.library.opcheck(operators.selective_scan_compiled.default, (*scan, initial, 4), test_utils=checks)
+    y, saved, last = (t.detach() for t in operators.selective_scan_compiled(*scan, initial, 4))
+    given = (y, last, *(t.detach() for t in scan), saved, 4)
+    torch.library.opcheck(operators.selective_scan_compiled_backward.default, given, test_utils=checks)
 
 
 def test_backends_are_registered():
-    assert backends()["selective_scan"] == {"chunked": "ok", "naive": "ok"}
+    known = backends()["selective_scan"]
+    assert (known["chunked"], known["naive"], known["compiled"]) == ("ok", "ok", REFUSAL or "ok")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +355,7 @@ def test_backends_are_registered():
         ({"lengths": torch.zeros(2)}, "lengths is torch.float32"),
         ({"initial_state": torch.zeros(2, 3, 5)}, r"initial_state has shape \(2, 3, 5\), expected \(2, 5, 3\)"),
         ({"chunk_size": 0}, "chunk_size=0"),
-        ({"backend": "chunkd"}, "backend='chunkd' is unknown; choose from auto, chunked, naive"),
+        ({"backend": "chunkd"}, "backend='chunkd' is unknown; choose from auto, .*chunked, naive, compiled"),
     ],
 )
 def test_bad_values_are_refused(change, message):
