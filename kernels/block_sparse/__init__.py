@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .chunked import chunked_block_sparse
 from .naive import naive_block_sparse
 from .routing import block_means, block_sums, route
@@ -13,6 +14,17 @@ from .routing import block_means, block_sums, route
 __all__ = ["block_means", "block_sparse_attention", "block_sums", "route"]
 
 OP = "block_sparse"
+register_backend(
+    OP,
+    "triton",
+    lazily(".fused", "fused_block_sparse", __name__),
+    note="one pass over the chosen keys, scores on the chip",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    devices=("cuda",),
+    limits={"key": 256, "value": 256},
+    interpretable=True,
+    probe=unusable,
+)
 register_backend(OP, "chunked", chunked_block_sparse, note="no L x S tensor, no copies of keys that last")
 register_backend(OP, "naive", naive_block_sparse, note="the formula, quadratic")
 
@@ -43,7 +55,7 @@ def block_sparse_attention(
     q_position: int64 (B, L): query i sees keys up to this place, None for all. Causal attention of a whole row has
         arange(L) here.
     key_mask: bool (B, S), True = real. scale: K ** -0.5 where None.
-    backend: "auto", "chunked" or "naive" (the oracle, which also differentiates twice).
+    backend: "auto", "triton", "chunked" or "naive" (the oracle, which also differentiates twice).
 
     The softmax is float32 or wider, under autocast too. A query that sees nothing gives 0 and zero gradient. With
     q_position, an output does not depend on later queries and their choices, bit by bit. Raises ValueError for shapes
@@ -76,7 +88,8 @@ def block_sparse_attention(
             raise ValueError(f"{OP}: {name} is {given.dtype} {tuple(given.shape)}, expected {kind} {shape}")
     if 0 in (batch, length, source, index.shape[3]):
         return v.new_zeros(batch, length, heads, v.shape[3])
-    chosen = choose_backend(OP, backend, dtype=q.dtype, device=q.device)
+    sizes = {"key": width, "value": v.shape[3]}
+    chosen = choose_backend(OP, backend, dtype=q.dtype, device=q.device, sizes=sizes)
     return chosen.run(
         q,
         k,

@@ -245,11 +245,32 @@ def test_route_in_steps_and_all_blocks(monkeypatch):
 
     q, k = torch.randn(2, 9, 1, 4), torch.randn(2, 5, 1, 4)
     whole = route(q, k, 3)
-    monkeypatch.setattr(routing, "_STEP", 12)
+    monkeypatch.setitem(routing._STEP, "cpu", 12)
     assert torch.equal(route(q, k, 3), whole)
     assert torch.equal(route(q, k, 99).sort(-1).values, torch.arange(5).expand(2, 1, 9, 5))
     assert route(q, k, 0).shape == (2, 1, 9, 0)
     assert not route(q.requires_grad_(), k.requires_grad_(), 2).requires_grad
+
+
+@pytest.mark.parametrize("blocks", [5, 63, 200, 257])
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_route_among_many_blocks_is_a_stable_sort(monkeypatch, blocks, number):
+    """Small integers: many affinities are equal, and all are exact."""
+    from seqzoo.kernels.block_sparse import routing
+
+    monkeypatch.setattr(routing, "_GROUP", 8)
+    monkeypatch.setitem(routing._STEP, "cpu", 11 * blocks)  # steps whose queries do not all see the same blocks
+    source = torch.Generator().manual_seed(blocks)
+    q, k = (torch.randint(-2, 3, (2, n, 2, 3), generator=source).float() for n in (40, blocks))
+    before = (torch.arange(40) * blocks // 39).expand(2, 40)
+    exists = torch.rand(2, blocks, generator=source) < 0.3
+    exists[1, 8:] = False  # in most groups none may be chosen
+    affinity = torch.einsum("bghk,brhk->bhgr", q, k)
+    seen = exists[:, None, None] & (torch.arange(blocks) < before[:, None, :, None])
+    affinity = affinity.masked_fill(~seen, float("-inf"))
+    value, place = affinity.sort(dim=-1, descending=True, stable=True)
+    want = torch.where(value > float("-inf"), place, -1)[..., :number]
+    assert torch.equal(route(q, k, number, exists=exists, before=before), want)
 
 
 def test_block_means_count_real_tokens():
@@ -283,7 +304,7 @@ def test_empty_inputs_give_zeros():
         ({"key_mask": torch.ones(2, 9)}, "key_mask is torch.float32"),
         ({"v": torch.zeros(2, 8, 2, 4, dtype=torch.float64)}, "must be"),
         ({"k": torch.zeros(2, 9, 2, 5, dtype=torch.float64)}, "do not go together"),
-        ({"backend": "triton"}, "choose from auto, chunked, naive"),
+        ({"backend": "flash"}, "choose from auto, triton, chunked, naive"),
     ],
 )
 def test_bad_arguments(change, message):
