@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.packing import packed_bounds
+
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Entries of each row: x (B, S, ...), index int64 (B, M), gives (B, M, ...)."""
@@ -42,10 +44,8 @@ def packed_groups(cu_seqlens: Tensor, length: int, *, together: bool) -> Iterato
     are. Yields, per group, the place of each token in the packed row, int64 (B, L), and whether there is one,
     bool (B, L). Raises ValueError for bounds that do not rise from 0 to length.
     """
-    bounds = cu_seqlens.tolist()
+    bounds = packed_bounds(cu_seqlens, length)
     lengths = [end - start for start, end in pairwise(bounds)]
-    if not lengths or bounds[0] != 0 or bounds[-1] != length or min(lengths) < 0:
-        raise ValueError(f"cu_seqlens={bounds} must rise from 0 to the length of x, {length}")
     groups: dict[int, list[int]] = {}
     for sequence, size in enumerate(lengths):
         groups.setdefault(0 if together else size.bit_length(), []).append(sequence)

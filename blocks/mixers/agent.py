@@ -207,7 +207,7 @@ class AgentAttention(Mixer):
                 )
             self.agent_shape = side, side
         if self.backend != "auto":
-            choose_backend("agent_attention" if self.running else "softmax", self.backend)
+            choose_backend("agent_attention" if self.running else "agent_attention_plain", self.backend)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ...kernels.packing import packed_bounds
 from ...kernels.prob_sparse import prob_sparse_attention
 from ..layers.rows import zero_pads
 from ..protocol import Mixer, MixerOutput, State
@@ -140,8 +141,10 @@ class ProbSparseAttention(Mixer):
         if cu_seqlens is None:
             y = self._attend(q, k, v, mask, source_mask, seed)
         else:
-            bounds = cu_seqlens.tolist()
-            parts = [self._attend(q[:, a:b], k[:, a:b], v[:, a:b], None, None, seed) for a, b in pairwise(bounds)]
+            parts = [
+                self._attend(q[:, a:b], k[:, a:b], v[:, a:b], None, None, seed)
+                for a, b in pairwise(packed_bounds(cu_seqlens, x.shape[1]))
+            ]
             y = torch.cat(parts, 1)
         y = self.proj_drop(self.out_proj(y))
         return MixerOutput(y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0))

@@ -247,6 +247,7 @@ class SoftmaxAttention(Mixer):
         causal: bool = False,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
+        window: tuple[int, int] | None = None,
     ) -> Tensor:
         """The kernel, on keys and values that a cache may hold in another dtype."""
         return softmax_attention(
@@ -256,6 +257,7 @@ class SoftmaxAttention(Mixer):
             causal=causal,
             mask=mask,
             bias=bias,
+            window=window,
             scale=self.scale,
             drop=self.attn_drop if self.training else 0.0,
             backend=self.backend,

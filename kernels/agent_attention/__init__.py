@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ..dispatch import choose_backend, register_backend
 from ..softmax import softmax_attention
 from .chunked import running_chunked
 from .naive import ABSENT, RunningState, running_naive
+from .tiled import agent_tiled
 
 __all__ = ["ABSENT", "RunningState", "agent_attention", "running_agent_attention"]
 
@@ -19,30 +20,21 @@ register_backend(OP, "chunked", running_chunked, note="linear in the length")
 register_backend(OP, "naive", running_naive, note="the formula, quadratic")
 
 
-def agent_attention(
+def _two_softmaxes(
     q: Tensor,
     agents: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    scale: float | None = None,
-    broadcast_scale: float | None = None,
-    aggregate_bias: Tensor | None = None,
-    broadcast_bias: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    agent_mask: Tensor | None = None,
-    drop: float = 0.0,
-    backend: Literal["auto", "sdpa", "naive"] = "auto",
+    scale: float,
+    broadcast_scale: float,
+    aggregate_bias: Tensor | None,
+    broadcast_bias: Tensor | None,
+    key_mask: Tensor | None,
+    agent_mask: Tensor | None,
+    drop: float,
+    backend: Literal["sdpa", "naive"],
 ) -> Tensor:
-    """o = softmax(broadcast_scale q a^T + bias2) softmax(scale a k^T + bias1) v (arXiv:2312.08874, eq. 5 and 6).
-
-    q: (B, L, H, K). agents: (B, M, H, K). k: (B, S, H, K). v: (B, S, H, V), V <= K. Returns (B, L, H, V).
-    scale: K ** -0.5 where None; broadcast_scale: `scale` where None.
-    aggregate_bias: bias1, broadcastable to (B, H, M, S). broadcast_bias: bias2, to (B, H, L, M).
-    key_mask: bool (B, S), True for a real key; agent_mask: bool, broadcastable to (B, M), True for a real agent.
-    Without any, the output is 0. drop: dropout of both kinds of weights. backend: of `softmax_attention`.
-    """
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     gathered = softmax_attention(
         agents,
         k,
@@ -59,9 +51,65 @@ def agent_attention(
         gathered,
         mask=None if agent_mask is None else agent_mask[:, None, None, :],
         bias=broadcast_bias,
-        scale=scale if broadcast_scale is None else broadcast_scale,
+        scale=broadcast_scale,
         drop=drop,
         backend=backend,
+    )
+
+
+def _sdpa(*tensors: Tensor, **options: Any) -> Tensor:
+    return _two_softmaxes(*tensors, **options, backend="sdpa")
+
+
+def _naive(*tensors: Tensor, **options: Any) -> Tensor:
+    return _two_softmaxes(*tensors, **options, backend="naive")
+
+
+PLAIN = "agent_attention_plain"
+register_backend(PLAIN, "tiled", agent_tiled, note="both softmaxes in cache", devices=("cpu",))
+register_backend(PLAIN, "sdpa", _sdpa, note="two calls of torch's fused attention", features=("drop",))
+register_backend(PLAIN, "naive", _naive, note="the formula", features=("drop",))
+
+
+def agent_attention(
+    q: Tensor,
+    agents: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    broadcast_scale: float | None = None,
+    aggregate_bias: Tensor | None = None,
+    broadcast_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    agent_mask: Tensor | None = None,
+    drop: float = 0.0,
+    backend: Literal["auto", "tiled", "sdpa", "naive"] = "auto",
+) -> Tensor:
+    """o = softmax(broadcast_scale q a^T + bias2) softmax(scale a k^T + bias1) v (arXiv:2312.08874, eq. 5 and 6).
+
+    q: (B, L, H, K). agents: (B, M, H, K). k: (B, S, H, K). v: (B, S, H, V), V <= K. Returns (B, L, H, V).
+    scale: K ** -0.5 where None; broadcast_scale: `scale` where None.
+    aggregate_bias: bias1, broadcastable to (B, H, M, S). broadcast_bias: bias2, to (B, H, L, M).
+    key_mask: bool (B, S), True for a real key; agent_mask: bool, broadcastable to (B, M), True for a real agent.
+    Without any, the output is 0. drop: dropout of both kinds of weights.
+    backend: "tiled" (CPU, no dropout), or the two calls of `softmax_attention` with its "sdpa" or "naive".
+    Raises ValueError for a backend that cannot run, and as `softmax_attention` does.
+    """
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    chosen = choose_backend(PLAIN, backend, dtype=q.dtype, device=q.device, drop=drop > 0)
+    return chosen.run(
+        q,
+        agents,
+        k,
+        v,
+        scale=scale,
+        broadcast_scale=scale if broadcast_scale is None else broadcast_scale,
+        aggregate_bias=aggregate_bias,
+        broadcast_bias=broadcast_bias,
+        key_mask=key_mask,
+        agent_mask=agent_mask,
+        drop=drop,
     )
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Affinities in one step: there are L R of them where every query routes for itself.
-_STEP = 1 << 22
+# Affinities in one step (there are L R of them where every query routes for itself): a CPU keeps them in cache.
+_STEP = {"cpu": 1 << 19, "cuda": 1 << 24}
+_GROUP = 32  # affinities of which the largest are looked at first, where there are many
 
 
 def block_sums(x: Tensor, size: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -44,25 +45,55 @@ def route(q: Tensor, k: Tensor, number: int, *, exists: Tensor | None = None, be
         number = min(number, blocks)
         if number == 0 or groups == 0:
             return torch.zeros(batch, heads, groups, number, dtype=torch.int64, device=q.device)
-        place = torch.arange(blocks, device=q.device)
-        step = max(1, _STEP // (batch * heads * blocks))
+        step = max(1, _STEP.get(q.device.type, 1 << 22) // (batch * heads * blocks))
         parts = []
         for first in range(0, groups, step):
-            affinity = q[:, :, first : first + step] @ k
+            bound = None if before is None else before[:, first : first + step]
+            low, high = _bounds(bound, blocks)
+            affinity = q[:, :, first : first + step] @ k[..., :high]
             if exists is not None:
-                affinity = affinity.masked_fill(~exists[:, None, None], float("-inf"))
-            if before is not None:
-                future = place >= before[:, first : first + step].unsqueeze(2)
-                affinity = affinity.masked_fill(future.unsqueeze(1), float("-inf"))
+                affinity = affinity.masked_fill(~exists[:, None, None, :high], float("-inf"))
+            if bound is not None and low < high:
+                future = torch.arange(low, high, device=q.device) >= bound.unsqueeze(2)
+                affinity[..., low:].masked_fill_(future.unsqueeze(1), float("-inf"))
             parts.append(_largest(affinity, number))
         return torch.cat(parts, 2)
 
 
+def _bounds(before: Tensor | None, blocks: int) -> tuple[int, int]:
+    """All of these queries may choose below the first number and none from the second on, as far as that is known."""
+    if before is None:
+        return blocks, blocks
+    if before.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0, blocks
+    return int(before.min().clamp(0, blocks)), int(before.max().clamp(0, blocks))
+
+
 def _largest(affinity: Tensor, number: int) -> Tensor:
-    """Places of the `number` largest along the last axis, -1 for -inf; topk leaves the order of ties open."""
+    """Places of the `number` largest along the last axis, -1 for -inf; of equals the first. Overwrites affinity.
+
+    (topk leaves the order of ties open.) The largest of many stand in the `number` groups with the largest maxima, so
+    that all but these groups are read once.
+    """
+    blocks = affinity.shape[-1]
+    if blocks < 2 * _GROUP * number:
+        return _one_by_one(affinity, number)
+    grouped = F.pad(affinity, (0, -blocks % _GROUP), value=float("-inf")).unflatten(-1, (-1, _GROUP))
+    groups = _one_by_one(grouped.amax(-1), number).sort(-1).values  # rising: the first of equals stays the first
+    chosen = groups.clamp(min=0).unsqueeze(-1)
+    candidates = grouped.gather(-2, chosen.expand(*chosen.shape[:-1], _GROUP))
+    candidates = candidates.masked_fill(groups.unsqueeze(-1) < 0, float("-inf")).flatten(-2)
+    at = _one_by_one(candidates, number)
+    place = groups.gather(-1, at.clamp(min=0) // _GROUP) * _GROUP + at % _GROUP
+    return torch.where(at < 0, -1, place)
+
+
+def _one_by_one(affinity: Tensor, number: int) -> Tensor:
+    """As `_largest`, in `number` passes over all."""
     found = []
-    for _ in range(number):
-        at = affinity.argmax(-1, keepdim=True)  # the first of equal ones
-        found.append(torch.where(affinity.gather(-1, at) > float("-inf"), at, -1))
-        affinity = affinity.scatter(-1, at, float("-inf"))
-    return torch.cat(found, -1)
+    for step in range(min(number, affinity.shape[-1])):
+        highest, at = affinity.max(-1, keepdim=True)  # the first of equal ones
+        found.append(torch.where(highest > float("-inf"), at, -1))
+        if step + 1 < number:
+            affinity = affinity.scatter_(-1, at, float("-inf"))
+    return F.pad(torch.cat(found, -1) if found else affinity.long(), (0, number - len(found)), value=-1)

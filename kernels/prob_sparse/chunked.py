@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .sampled import sampled_extent
 from .sampling import KeySample, budget, budgets
 
 # Elements of K gathered at a time under per-query sampling: a few MB stay in a CPU's cache, a GPU wants full
 # waves.
 _GATHER = {"cpu": 1 << 19, "cuda": 1 << 26}
+_HASHED = 1024  # queries whose samples are drawn at a time
 
 
 def prob_sparse_chunked(
@@ -96,6 +98,12 @@ def _measure(
     table = k.reshape(batch * k.shape[1], heads * width)
     offset = torch.arange(batch, device=q.device).view(-1, 1, 1) * k.shape[1]
     rows = -(-length // block)
+    partial = keys.shape[0] > 1 or k_order is not None  # rows, or padded ones, whose samples are cut short
+    if block == 1 and q.device.type == "cpu":
+        place, valid = _places(sample, length, keys, k_order)
+        largest, total = sampled_extent(q, k, place, valid if partial else None, sample.width)
+        counts = keys.view(-1, 1, 1) if divide_by_keys else valid.sum(2, keepdim=True)
+        return largest - total / counts.clamp(min=1)
     if block > 1:
         step = max(1, _GATHER.get(q.device.type, 1 << 22) // (batch * heads * block * (sample.width + width)))
     else:
@@ -116,7 +124,7 @@ def _measure(
         else:
             scores = (drawn * queries.unsqueeze(2)).sum(-1).transpose(2, 3).unsqueeze(3)  # (B, chunk, H, 1, U)
             valid = valid[:, :, None, None]
-        if keys.shape[0] > 1 or k_order is not None:
+        if partial:
             largest = scores.masked_fill(~valid, -torch.inf).amax(-1)
             total = scores.masked_fill(~valid, 0).sum(-1)
         else:
@@ -125,6 +133,17 @@ def _measure(
         part = largest - total / divisor.clamp(min=1)
         parts.append(part.transpose(2, 3).reshape(batch, (last - first) * block, heads))
     return torch.cat(parts, 1)[:, :length]
+
+
+def _places(sample: KeySample, length: int, keys: Tensor, k_order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sampled keys of all queries, int32 (B or 1, L, U), and which of them count, bool of that shape."""
+    places, valids = [], []
+    for first in range(0, length, _HASHED):
+        ranks, valid = sample.rows(first, min(first + _HASHED, length), keys)
+        place = ranks if k_order is None else k_order.gather(1, ranks.flatten(1)).view_as(ranks)
+        places.append(place.int())
+        valids.append(valid)
+    return torch.cat(places, 1), torch.cat(valids, 1)
 
 
 def _visible(chosen: Tensor, key_mask: Tensor | None, source: int, masked: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -26,6 +26,7 @@ def softmax_attention(
     causal: bool = False,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    window: tuple[int, int] | None = None,
     scale: float | None = None,
     drop: float = 0.0,
     backend: Literal["auto", "sdpa", "naive"] = "auto",
@@ -38,6 +39,8 @@ def softmax_attention(
     mask: bool, broadcastable to (B, H, L, S), True where j is visible. A row that sees nothing gives 0 and
         zero gradient.
     bias: floating, broadcastable to (B, H, L, S).
+    window: (before, after): query t sees keys no further than that from key S - L + t, its own, in time and memory
+        O(L (before + after)). A mask must then be one of keys, (B or 1, 1, 1, S), and there is no bias.
     scale: K ** -0.5 where None. drop: dropout of the weights.
 
     The softmax is float32 or wider, whatever the dtype. Raises ValueError for shapes that do not go
@@ -51,10 +54,16 @@ def softmax_attention(
         raise ValueError(f"values of width {v.shape[3]} are wider than the keys ({q.shape[3]})")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}, expected bool, True = visible")
+    if window is not None:
+        if len(window) != 2 or min(window) < 0:
+            raise ValueError(f"window={window!r} must be (keys before, keys after), neither negative")
+        rows = None if mask is None else (1,) * (4 - mask.dim()) + tuple(mask.shape)
+        if bias is not None or (rows is not None and (rows[1:3] != (1, 1) or rows[3] != k.shape[1])):
+            raise ValueError("window goes with a mask of keys, (B or 1, 1, 1, S), and without a bias")
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"drop={drop!r} must be within [0, 1)")
     if q.shape[1] == 0 or k.shape[1] == 0:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     scale = q.shape[3] ** -0.5 if scale is None else scale
     chosen = choose_backend("softmax", backend, dtype=q.dtype, device=q.device)
-    return chosen.run(q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, drop=drop)
+    return chosen.run(q, k, v, causal=causal, mask=mask, bias=bias, window=window, scale=scale, drop=drop)

@@ -15,6 +15,7 @@ def softmax_naive(
     causal: bool,
     mask: Tensor | None,
     bias: Tensor | None,
+    window: tuple[int, int] | None,
     scale: float,
     drop: float,
 ) -> Tensor:
@@ -29,6 +30,10 @@ def softmax_naive(
     if causal:
         ahead = torch.ones(length, source, dtype=torch.bool, device=q.device).triu(source - length + 1)
         scores = scores.masked_fill(ahead, float("-inf"))
+    if window is not None:
+        distance = torch.arange(length, device=q.device).unsqueeze(1) + (source - length)
+        distance = distance - torch.arange(source, device=q.device)
+        scores = scores.masked_fill((distance > window[0]) | (distance < -window[1]), float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     unseeing = (scores == float("-inf")).all(-1, keepdim=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .band import band_attention
+from .window import MIN_BLOCK, blocked_attention
 
 
 def softmax_sdpa(
@@ -15,10 +20,13 @@ def softmax_sdpa(
     causal: bool,
     mask: Tensor | None,
     bias: Tensor | None,
+    window: tuple[int, int] | None,
     scale: float,
     drop: float,
 ) -> Tensor:
     """See `softmax_attention`, which checks the arguments."""
+    if window is not None:
+        return _windowed(q, k, v, mask, window[0], 0 if causal else window[1], scale, drop)
     length, source, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     width = v.shape[-1]
     if causal and (mask is not None or bias is not None or length != source):
@@ -61,3 +69,23 @@ def softmax_sdpa(
     if seeing is not None:
         y = y.masked_fill(~seeing, 0.0)
     return y.transpose(1, 2)[..., :width]
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, before: int, after: int, scale: float, drop: float
+) -> Tensor:
+    """Keys from `before` places before the query's own to `after` behind it; mask: broadcastable to (B, 1, 1, S)."""
+    length, width = q.shape[1], v.shape[-1]
+    first = max(k.shape[1] - length - before, 0)  # what no query sees
+    k, v = k[:, first:], v[:, first:]
+    key_mask = None if mask is None else mask[..., first:].expand(q.shape[0], 1, 1, -1).flatten(0, 2)
+    dense = {"causal": False, "bias": None, "window": None, "scale": scale, "drop": drop}
+    if length <= MIN_BLOCK:
+        distance = torch.arange(length, device=q.device).unsqueeze(1) + (k.shape[1] - length)
+        distance = distance - torch.arange(k.shape[1], device=q.device)
+        seen = ((distance <= before) & (distance >= -after))[None, None]
+        return softmax_sdpa(q, k, v, mask=seen if key_mask is None else seen & key_mask[:, None, None], **dense)
+    if q.device.type == "cpu" and drop == 0:
+        v = v if width == q.shape[-1] else F.pad(v, (0, q.shape[-1] - width))
+        return band_attention(q, k, v, key_mask, before, after, scale)[..., :width]
+    return blocked_attention(q, k, v, key_mask, before, after, partial(softmax_sdpa, **dense))

@@ -46,8 +46,10 @@ class Blocks(NamedTuple):
 
     def keys(self, x: Tensor, before: int, fill: int = 0) -> Tensor:
         """(B, before + L, ...) to (B * number, reach + size + after, ...): the keys that a block can see."""
-        if self.number == 1:
-            return x
+        return x if self.number == 1 else self.spread(x, before, fill)
+
+    def spread(self, x: Tensor, before: int, fill: int = 0) -> Tensor:
+        """As `keys`, whatever the number of blocks."""
         length = x.shape[1] - before
         x = _pad(x, self.reach - before, self.size * self.number - length + self.after, fill)
         # Shifted copies of whole blocks: the backward of `unfold`, one scatter, takes far longer than that of
@@ -76,6 +78,30 @@ def cut(length: int, window_size: int, before: int, causal: bool) -> Blocks:
     return Blocks(size, -(-length // size), reach, 0 if causal else reach)
 
 
+def blocked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    before: int,
+    after: int,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """The window of `softmax_attention` as one dense call over all blocks; key_mask: bool (B, S)."""
+    batch, length = q.shape[:2]
+    size = min(max((before + after + 1) // 2, MIN_BLOCK), length)
+    blocks = Blocks(size, -(-length // size), -(-before // size) * size, -(-after // size) * size)
+    real = k.new_ones(batch, k.shape[1], dtype=torch.bool) if key_mask is None else key_mask
+    ahead = k.shape[1] - length  # keys that precede the queries
+    if ahead < 0:
+        k, v, real, ahead = _pad(k, -ahead, 0, 0), _pad(v, -ahead, 0, 0), _pad(real, -ahead, 0, 0), 0
+    i, j = (torch.arange(n, device=q.device) for n in (size, blocks.reach + size + blocks.after))
+    distance = (i + blocks.reach).unsqueeze(1) - j
+    seen = ((distance <= before) & (distance >= -after)) & blocks.spread(real, ahead).unsqueeze(1)
+    y = attend(blocks.queries(q), blocks.spread(k, ahead), blocks.spread(v, ahead), mask=seen.unsqueeze(1))
+    return y.reshape(batch, blocks.number * size, *y.shape[2:])[:, :length]
+
+
 def visible(
     q_position: Tensor,
     k_position: Tensor,
@@ -98,6 +124,14 @@ def visible(
         if not causal:
             seen = seen & (j - i < window_size)
     return seen
+
+
+def _negative(position: Tensor) -> Tensor | None:
+    """Where positions are negative; None if nowhere, where that costs nothing to know."""
+    negative = position < 0
+    if position.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(negative.any()):
+        return None
+    return negative
 
 
 def window_attention(
@@ -135,6 +169,12 @@ def window_attention(
         )
     if length == 0:
         return q.new_zeros(batch, 0, q.shape[2], v.shape[3])
+    if sinks is None and bias is None:
+        # Distance in the row is distance in position, so which slots hold a token is all that positions tell.
+        hidden, absent = _negative(k_position), _negative(q_position)
+        mask = None if hidden is None else ~hidden[:, None, None]
+        y = attend(q, k, v, window=(window_size - 1, 0 if causal else window_size - 1), mask=mask)
+        return y if absent is None else y.masked_fill(absent[..., None, None], 0.0)
     blocks = cut(length, window_size, before, causal)
     q_position, k_position = q_position.expand(batch, -1), k_position.expand(batch, -1)
     q, q_position = blocks.queries(q), blocks.queries(q_position, fill=-1)

@@ -333,7 +333,7 @@ def test_a_bias_table_of_rows_of_their_own_length():
         ({"attn_drop": 1.0}, "attn_drop=1.0"),
         ({"chunk_size": 12}, "chunk_size=12 must be a power of two, such as 8"),
         ({"num_heads": 5}, "num_heads=5 does not divide dim=12; nearest that does: 4"),
-        ({"backend": "chunked"}, "softmax: backend='chunked' is unknown"),
+        ({"backend": "chunked"}, "agent_attention_plain: backend='chunked' is unknown"),
         ({"backend": "sdpa", "causal": True, **LEARNED}, "agent_attention: backend='sdpa' is unknown"),
     ],
 )
