@@ -20,11 +20,12 @@ def naive_gated_linear_attention(
     *,
     scale: float,
     chunk: int | None = None,
+    return_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t, in a loop; differentiable twice.
 
     q, k: (B, L, G, K). v: (B, L, H, V). log_decay: (B or 1, L or 1, H, K or 1). initial: (B, H, K, V) or None.
-    chunk: not used. Returns o (B, L, H, V) and the last state (B, H, K, V).
+    chunk, return_state: not used. Returns o (B, L, H, V) and the last state (B, H, K, V).
     """
     acc = accumulation_dtype(v.dtype)
     with torch.autocast(v.device.type, enabled=False):
