@@ -9,13 +9,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .naive import dilated_conv_naive
 from .shifted import dilated_conv_shifted
 
 __all__ = ["dilated_conv"]
 
-register_backend("dilated_conv", "shifted", dilated_conv_shifted, note="a shifted multiply-add per tap")
-register_backend("dilated_conv", "naive", dilated_conv_naive, note="the formula, token by token")
+register_backend(
+    "dilated_conv",
+    "triton",
+    lazily(".fused", "fused_dilated_conv", __name__),
+    note="depthwise: one pass, the window in registers",
+    dtypes=(torch.float32,),  # of the sums; x may be narrower
+    devices=("cuda",),
+    limits={"taps": 32},
+    interpretable=True,
+    probe=unusable,
+)
+register_backend(
+    "dilated_conv", "shifted", dilated_conv_shifted, note="a shifted multiply-add per tap", features=("grouped",)
+)
+register_backend("dilated_conv", "naive", dilated_conv_naive, note="the formula, token by token", features=("grouped",))
 
 
 def dilated_conv(
@@ -28,7 +42,7 @@ def dilated_conv(
     lengths: Tensor | None = None,
     tail: Tensor | None = None,
     return_tail: bool = False,
-    backend: Literal["auto", "naive", "shifted"] = "auto",
+    backend: Literal["auto", "triton", "naive", "shifted"] = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """y_t = bias + sum_k W_k x_{t - shift_k}, shift_k = (K - 1 - k) dilation, less (K - 1) / 2 dilation if not causal.
 
@@ -61,13 +75,22 @@ def dilated_conv(
     if tail is not None and tail.shape != (batch, past, dim):
         raise ValueError(f"tail has shape {tuple(tail.shape)}, expected {(batch, past, dim)}")
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    run = choose_backend("dilated_conv", backend, dtype=wide, device=x.device).run
+    choice = choose_backend(
+        "dilated_conv",
+        backend,
+        dtype=wide,
+        device=x.device,
+        sizes={"taps": size},
+        grouped=not (per_group == 1 and dim == out),
+    )
     if lengths is not None:
         beyond = torch.arange(length, device=x.device) >= lengths.unsqueeze(1)
         x = x.masked_fill(beyond.unsqueeze(2), 0)
     before = x.new_zeros(batch, 0, dim) if tail is None else tail
     with torch.autocast(x.device.type, enabled=False):
-        y = run(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), before.to(wide), dilation, causal)
+        source = x if choice.name == "triton" else x.to(wide)  # that one reads x as it is
+        offset = None if bias is None else bias.to(wide)
+        y = choice.run(source, weight.to(wide), offset, before.to(wide), dilation, causal)
     y = y.to(x.dtype)
     if not return_tail:
         return y, None

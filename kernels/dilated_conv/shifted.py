@@ -1,7 +1,7 @@
 """The dilated convolution as a sum of shifted products, one per tap, over blocks of tokens that stay in cache.
 
-Taps that reach beyond the sequence cost nothing, and nothing is padded. A depthwise tap is a multiply-add of (B, n, D),
-a grouped one a matrix product of (G B, n, I / G). Forward and backward are custom operators, so that a compiler sees
+Taps that reach beyond the sequence cost nothing. A depthwise tap is a multiply-add of (B, n, D), a grouped one a matrix
+product of (G B, n, I / G); in float32 on a CPU all depthwise taps are one pass (direct.py). Forward and backward are custom operators, so that a compiler sees
 one node each; autograd through the slices would fill a tensor of x's size per tap.
 
 Letters: B batch, L tokens, I channels in, O channels out, G groups, K taps, P tokens of the tail.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import direct
 from .naive import tap_shifts
 
 # Numbers of an output block: 1 MiB of float32, which with its input stays in a cache through all taps.
@@ -61,9 +62,34 @@ def _block(rows: Tensor) -> int:
     return max(64, BLOCK // max(1, rows.shape[0] * rows.shape[2]))
 
 
+def _direct(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, dilation: int, causal: bool) -> Tensor:
+    """The depthwise forward in one pass through the taps."""
+    source, past = (torch.cat((tail, x), 1), tail.shape[1]) if tail.shape[1] else (x, 0)
+    shift = tap_shifts(weight.shape[2], dilation, causal)[0]
+    kernel, y = weight[:, 0].t(), x.new_empty(x.shape)
+    for rows, first, last in direct.blocks(x.shape[0], 0, x.shape[1], x.shape[2]):
+        where = {"dilation": dilation, "shift": shift, "first": past + first, "last": past + last}
+        y[rows, first:last] = direct.correlate(source[rows], kernel, bias, **where)
+    return y
+
+
+def _direct_input_gradient(g: Tensor, weight: Tensor, past: int, dilation: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the tail: the taps the other way round."""
+    shift = -tap_shifts(weight.shape[2], dilation, causal)[-1]
+    kernel = weight[:, 0].t().flip(0)
+    dx, dtail = g.new_empty(g.shape), g.new_empty(g.shape[0], past, g.shape[2])
+    for wanted, start, stop in ((dx, 0, g.shape[1]), (dtail, -past, 0)):
+        for rows, first, last in direct.blocks(g.shape[0], start, stop, g.shape[2]):
+            where = {"dilation": dilation, "shift": shift, "first": first, "last": last}
+            wanted[rows, first - start : last - start] = direct.correlate(g[rows], kernel, None, **where)
+    return dx, dtail
+
+
 @torch.library.custom_op("seqzoo::dilated_conv", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, dilation: int, causal: bool) -> Tensor:
     groups, (batch, length, _) = _groups(x, weight), x.shape
+    if groups == 0 and direct.serves(x):
+        return _direct(x, weight, bias, tail, dilation, causal)
     source, before = _layout(x, groups), _layout(tail, groups)
     y = _layout(x.new_zeros(batch, length, weight.shape[0]), groups)
     taps = _taps(weight, groups, batch)
@@ -85,7 +111,11 @@ def _backward(
     """Gradients of x, weight and tail."""
     groups, (batch, length, _) = _groups(x, weight), x.shape
     source, before, arriving = _layout(x, groups), _layout(tail, groups), _layout(g, groups)
-    dx, dtail = torch.zeros_like(source), torch.zeros_like(before)
+    one_pass = groups == 0 and direct.serves(x)
+    if one_pass:
+        dx, dtail = _direct_input_gradient(g, weight, tail.shape[1], dilation, causal)
+    else:
+        dx, dtail = torch.zeros_like(source), torch.zeros_like(before)
     taps = _taps(weight, groups, batch)
     dtaps = [torch.zeros_like(tap) for tap in taps]
     shifts = tap_shifts(weight.shape[2], dilation, causal)
@@ -93,7 +123,8 @@ def _backward(
         read, given = (before if old else source)[:, out_of], arriving[:, into]
         wanted = (dtail if old else dx)[:, out_of]
         if groups == 0:
-            wanted.addcmul_(given, taps[k])
+            if not one_pass:
+                wanted.addcmul_(given, taps[k])
             dtaps[k] += (given * read).sum((0, 1))
         else:
             wanted.baddbmm_(given, taps[k].transpose(1, 2))
