@@ -8,12 +8,24 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .chunked import prob_sparse_chunked
 from .naive import prob_sparse_naive
 from .sampling import BLOCK, KeySample, budget
 
 __all__ = ["BLOCK", "KeySample", "budget", "prob_sparse_attention"]
 
+register_backend(
+    "prob_sparse",
+    "triton",
+    lazily(".fused", "fused_prob_sparse", __name__),
+    note="no copy of the sampled keys",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    devices=("cuda",),
+    limits={"key": 256},
+    interpretable=True,
+    probe=unusable,
+)
 register_backend("prob_sparse", "chunked", prob_sparse_chunked, note="no L x S tensor")
 register_backend("prob_sparse", "naive", prob_sparse_naive, note="the formula, quadratic")
 
@@ -34,7 +46,7 @@ def prob_sparse_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     scale: float | None = None,
-    backend: Literal["auto", "naive", "chunked"] = "auto",
+    backend: Literal["auto", "triton", "chunked", "naive"] = "auto",
 ) -> Tensor:
     """ProbSparse attention, arXiv:2012.07436, in O(L log L) time and memory.
 
@@ -85,7 +97,8 @@ def prob_sparse_attention(
     if length == 0 or source == 0:
         return q.new_zeros(batch, length, heads, v.shape[-1])
     sample = _key_sample(q, source, factor, sampling, sample_index, generator, seed)
-    return choose_backend("prob_sparse", backend, dtype=q.dtype, device=q.device).run(
+    sizes = {"key": q.shape[-1]}
+    return choose_backend("prob_sparse", backend, dtype=q.dtype, device=q.device, sizes=sizes).run(
         q,
         k,
         v,

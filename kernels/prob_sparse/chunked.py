@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,8 +31,9 @@ def prob_sparse_chunked(
     lazy_mean: bool,
     block: int,
     scale: float,
+    measure: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """`prob_sparse_attention` with checked arguments.
+    """`prob_sparse_attention` with checked arguments. measure: in the place of `_measure`.
 
     Rows with pads are handled by rank: `order` lists a row's real positions first, the measure is taken over
     ranks, and the selected ranks are mapped back to positions. Budgets are those of the full length, the
@@ -43,7 +46,7 @@ def prob_sparse_chunked(
     k_order, k_count = _order(key_mask)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         ranked = q.detach() if q_order is None else q.detach().gather(1, q_order[..., None, None].expand_as(q))
-        measure = _measure(
+        peaked = (measure or _measure)(
             ranked,
             k.detach(),
             k_order,
@@ -54,8 +57,8 @@ def prob_sparse_chunked(
         )
         if q_count is not None:
             hidden = torch.arange(length, device=q.device) >= q_count.unsqueeze(1)
-            measure = measure.masked_fill(hidden.unsqueeze(2), -torch.inf)
-        chosen = measure.transpose(1, 2).topk(budget(length, factor), dim=2).indices  # (B, H, u) ranks
+            peaked = peaked.masked_fill(hidden.unsqueeze(2), -torch.inf)
+        chosen = peaked.transpose(1, 2).topk(budget(length, factor), dim=2).indices  # (B, H, u) ranks
         if q_order is not None:
             chosen = q_order.unsqueeze(1).expand(-1, heads, -1).gather(2, chosen)
     index = chosen.transpose(1, 2).unsqueeze(3)  # (B, u, H, 1)
