@@ -84,7 +84,7 @@ def _forward(
     b, c = _padded(b, longer, width), _padded(c, longer, width)
     sizes = {"E": channels, "N": width, "BE": tile, "T": GROUP, "num_warps": 1}
     saved = before.new_empty((batch, longer // KEPT, channels, width) if save else 0)
-    last, grid = torch.empty_like(before), (triton.cdiv(channels, tile), batch * number)
+    last, grid = torch.empty_like(before), (triton.cdiv(channels, tile) * batch * number,)
     if number > 1:
         ends, total = before.new_empty(batch, number, channels, width), before.new_empty(batch, number, channels)
         scan_ends[grid](u, dt, b, a2, ends, total, length, longer, number, chunk, REVERSE=False, **sizes)
@@ -101,7 +101,7 @@ def _forward(
 def _carry(ends: Tensor, total: Tensor, a2: Tensor, first: Tensor, last: Tensor, *, reverse: bool) -> None:
     batch, number, channels, width = ends.shape
     tile = 128 // width
-    grid = triton.cdiv(channels, tile), batch
+    grid = (triton.cdiv(channels, tile) * batch,)
     carry_ends[grid](ends, total, a2, first, last, number, E=channels, N=width, BE=tile, REVERSE=reverse, num_warps=1)
 
 
@@ -127,14 +127,14 @@ def _backward(
     wide_b, wide_c, leaving = _padded(b, longer, width), _padded(c, longer, width), _padded(dlast, width)
     sizes = {"E": channels, "N": width, "BE": tile, "num_warps": 1}
     entering, total = a2.new_empty(batch, number, channels, width), a2.new_empty(batch, number, channels)
-    dinitial, grid = torch.empty_like(leaving), (triton.cdiv(channels, tile), batch * number)
+    dinitial, grid = torch.empty_like(leaving), (triton.cdiv(channels, tile) * batch * number,)
     scan_ends[grid](dy, dt, wide_c, a2, entering, total, length, longer, number, chunk, T=GROUP, REVERSE=True, **sizes)
     _carry(entering, total, a2, leaving, dinitial, reverse=True)
     du, ddt = torch.empty_like(u), torch.empty_like(dt)
     db, dc = (a2.new_empty(groups, batch, longer, width) for _ in range(2))
     da, dskip = torch.empty_like(entering), torch.zeros_like(total)
     through = None if skip is None else skip.float().contiguous()
-    scan_gradients[groups, batch * number](
+    scan_gradients[(groups * batch * number,)](
         dy, u, dt, wide_b, wide_c, a2, through, saved, entering, du, ddt, db, dc, da, dskip,
         batch, length, longer, number, chunk, tiles, S=KEPT, T=HELD, SKIP=skip is not None, **sizes,
     )  # fmt: skip

@@ -9,7 +9,7 @@ B batch, L length (M padded), E channels (BE of a tile), N states, G chunks, S t
 registers, J groups of `tiles` tiles of channels.
 """
 
-# ruff: noqa: RUF005, SIM102 (what Triton compiles has neither stars in a tuple nor `and` with a constant)
+# ruff: noqa: RUF005 (Triton compiles no stars in a tuple)
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def scan_gradients(
     saved: (B, M / S, E, N). entering: (B, G, E, N), exp(dt a) times the gradient of the state after the chunk, of the
     token that follows it. chunk is a multiple of S, S of T.
     """
-    row, g = tl.program_id(1) // G, tl.program_id(1) % G
-    j, n = tl.program_id(0), tl.arange(0, N)
+    groups = tl.cdiv(tl.cdiv(E, BE), tiles)
+    j, n, part = tl.program_id(0) % groups, tl.arange(0, N), tl.program_id(0) // groups
+    row, g = part // G, part % G
     start, stop = g * chunk, min(L, g * chunk + chunk)
     kept, number = (row * (M // S)).to(tl.int64), tl.cdiv(stop - start, S)
     base, padded, sums = row.to(tl.int64) * L, row.to(tl.int64) * M, (j * B + row).to(tl.int64) * M

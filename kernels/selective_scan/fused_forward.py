@@ -20,6 +20,14 @@ import triton.language as tl
 
 
 @triton.jit
+def place(program, G, E: tl.constexpr, N: tl.constexpr, BE: tl.constexpr):
+    """The row, chunk, channels and states of a program; neighbouring programs have neighbouring channels."""
+    tiles: tl.constexpr = (E + BE - 1) // BE
+    part = program // tiles
+    return part // G, part % G, program % tiles * BE + tl.arange(0, BE), tl.arange(0, N)
+
+
+@triton.jit
 def rows_of(at, e, left, E: tl.constexpr, BE: tl.constexpr, T: tl.constexpr):
     """The channels of T tokens from the pointers `at` of the first on, as a tuple; zeros from token `left` on."""
     rows = ()
@@ -79,8 +87,7 @@ def scan_outputs(
 
     before: (B, G, E, N), the states before the chunks, of `chunk` tokens each, a multiple of S, S of T.
     """
-    row, g = tl.program_id(1) // G, tl.program_id(1) % G
-    e, n = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, N)
+    row, g, e, n = place(tl.program_id(0), G, E, N, BE)
     a2_EN = tile(a2, e, n, E, N)
     h_EN = tile(before + (row * G + g).to(tl.int64) * (E * N), e, n, E, N)
     through = tl.load(skip + e, mask=e < E, other=0.0) if SKIP else 0.0
@@ -129,8 +136,7 @@ def scan_ends(
     Forwards h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t from 0. REVERSE: w_t = exp(dt_t a) (w_{t+1} + x_t b_t) from the
     end, where x is dy and b is c: the gradient of the state before the chunk.
     """
-    row, g = tl.program_id(1) // G, tl.program_id(1) % G
-    e, n = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, N)
+    row, g, e, n = place(tl.program_id(0), G, E, N, BE)
     a2_EN = tile(a2, e, n, E, N)
     h_EN = tl.zeros((BE, N), tl.float32)
     sum_E = tl.zeros((BE,), tl.float32)
@@ -169,8 +175,8 @@ def carry_ends(
 
     REVERSE: from the last chunk to the first.
     """
-    row = tl.program_id(1).to(tl.int64)
-    e, n = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, N)
+    row, _, e, n = place(tl.program_id(0), 1, E, N, BE)
+    row = row.to(tl.int64)
     a2_EN = tile(a2, e, n, E, N)
     h_EN = tile(first + row * (E * N), e, n, E, N)
     for i in range(G):
