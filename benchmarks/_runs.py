@@ -60,22 +60,22 @@ def _metrics(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
 
 
-def earlier_rows(name: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def earlier_rows(name: str, settings: dict[str, Any], folder: Path = RESULTS) -> list[dict[str, Any]]:
     """Rows of benchmarks/results/<name>.json where it was written with the same settings, else none.
 
     So that what takes long can be measured a row at a time.
     """
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return known["rows"] if known.get("settings") == settings else []
 
 
-def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json with the date, the machine and the versions."""
+def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write benchmarks/results/<name>.json, or one in another folder, with the date, the machine and the versions."""
     import torch
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     record = {
         **result,
         "date": datetime.now(UTC).date().isoformat(),
