@@ -64,7 +64,7 @@ types: $(VENV)/.dev
 		ln -sfn ../../../$$path build/typings/seqzoo/$$(basename $$path); done
 	$(BIN)/mypy -p seqzoo
 
-BENCH ?= $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCH ?= $(filter-out benchmarks/_% benchmarks/gpu.py,$(wildcard benchmarks/*.py))
 bench: $(VENV)/.dev
 	for script in $(BENCH); do $(BIN)/python $$script $(ARGS) || exit 1; done
 

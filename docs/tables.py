@@ -123,10 +123,44 @@ def models() -> str:
     return markdown(rows)
 
 
+def bars(name: str, command: str) -> str:
+    """The cases of benchmarks/results/<name>.json that a bar was set for: ours, the peer, their ratio."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return f"Not measured yet: `{command}` writes this table."
+    record = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in (row for row in record["rows"] if row["bar"] is not None):
+        unit = "MiB" if row["of"] == "memory" else "ms"
+        pair = [row.get(f"{side} {unit}") for side in ("ours", "peer")]
+        ours, peer = (f"{value:.3g} {unit}" if value is not None else "" for value in pair)
+        value = row["of roof"] if row["of"] == "roof" else row["ratio"]
+        rows.append(
+            {
+                "operation": f"{row['operation']}, {row['case']}",
+                "length": row["length"],
+                "pass": row["pass"],
+                "ours": ours if row["ours"] == "ours" else f"{row['ours'].removeprefix('ours, ')}: {ours}",
+                "peer": f"{row['peer']}: {peer}" if peer else row["peer"],
+                "ratio": "" if value is None else f"{value:.3g}",
+                "bar": f"{'>=' if row['of'] == 'roof' else '<='} {row['bar']:g}",
+                "met": "error" if row.get("error") else {None: "not run", True: "yes", False: "no"}[row["met"]],
+            }
+        )
+    machine = record["hardware"].get("gpu") or record["hardware"]["processor"]
+    judged = [row["met"] for row in rows if row["met"] in ("yes", "no", "error")]
+    head = (
+        f"`{command}`, {record['date']}, {machine}, torch {record['packages']['torch']}: {judged.count('yes')} of "
+        f"{len(judged)} bars met. Every row with its memory, roof and note: "
+        f"[{name}.md](benchmarks/results/{name}.md)."
+    )
+    return f"{head}\n\n{markdown(rows)}" if rows else head
+
+
 def results() -> str:
-    """One table per results file, with the command, the day and the machine that made it."""
+    """One table per results file, with the command, the day and the machine that made it; those of `bars` apart."""
     parts = []
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(path for path in RESULTS.glob("*.json") if path.stem not in ("cpu", "gpu")):
         record = json.loads(path.read_text(encoding="utf-8"))
         link = f"[`{path.stem}`](benchmarks/results/{path.name})"
         command = record.get("command", f"python benchmarks/{path.stem}.py")
@@ -142,7 +176,13 @@ def results() -> str:
     return "\n\n".join(parts) or "None yet: `make bench` writes them."
 
 
-TABLES: dict[str, Callable[[], str]] = {"mixers": mixers, "models": models, "results": results}
+TABLES: dict[str, Callable[[], str]] = {
+    "mixers": mixers,
+    "models": models,
+    "cpu": lambda: bars("cpu", "python benchmarks/cpu.py"),
+    "gpu": lambda: bars("gpu", "bash benchmarks/gpu.sh"),
+    "results": results,
+}
 
 
 def filled(text: str) -> str:

@@ -146,3 +146,28 @@ def test_one_key_names_a_mixer_everywhere(tables: ModuleType):
 def test_one_key_names_a_model_everywhere(tables: ModuleType):
     keys = {key for key in list_models() if tables.shipped(model_info(key).build)}
     assert {path.stem for path in (REPO / "conf" / "model").glob("*.yaml")} == keys
+
+
+def test_bars_become_a_table(tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.bars("cpu", "python b.py") == "Not measured yet: `python b.py` writes this table."
+    row = {"operation": "linear", "case": "c", "length": 4096, "pass": "fwd", "ours": "ours", "peer": "fla"}
+    row |= {"of": "time", "ours ms": 12.345, "peer ms": 40.0, "ratio": 0.309, "bar": 0.5, "met": True}
+    rows = [
+        row,
+        {**row, "bar": None},
+        {**row, "ours": "ours, bf16", "peer ms": None, "ratio": None, "met": None},
+        {**row, "of": "memory", "ours MiB": 2.0, "peer MiB": 1.0, "ratio": 2.0, "bar": 1.3, "met": False},
+        {**row, "of": "roof", "peer": "the copy", "peer ms": None, "of roof": 0.5, "bar": 0.45},
+    ]
+    record = {"rows": rows, "date": "2026-01-02", "packages": {"torch": "2.14.1"}, "hardware": {"processor": "Z"}}
+    (tmp_path / "cpu.json").write_text(json.dumps(record))
+    head, _, *lines = tables.bars("cpu", "python b.py").splitlines()
+    assert head.startswith("`python b.py`, 2026-01-02, Z, torch 2.14.1: 2 of 3 bars met.")
+    assert lines[2:] == [
+        "| linear, c | 4096 | fwd | 12.3 ms | fla: 40 ms | 0.309 | <= 0.5 | yes |",
+        "| linear, c | 4096 | fwd | bf16: 12.3 ms | fla |  | <= 0.5 | not run |",
+        "| linear, c | 4096 | fwd | 2 MiB | fla: 1 MiB | 2 | <= 1.3 | no |",
+        "| linear, c | 4096 | fwd | 12.3 ms | the copy | 0.5 | >= 0.45 | yes |",
+    ]
+    assert "linear" not in tables.results()
