@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import FLOATS, choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .chunked import chunked_associative_scan, scan_
 from .naive import naive_associative_scan
 
@@ -13,6 +14,16 @@ __all__ = ["associative_scan", "scan_"]
 
 OP = "associative_scan"
 DTYPES = (*FLOATS, torch.complex64, torch.complex128)
+register_backend(
+    OP,
+    "triton",
+    lazily(".fused", "fused_associative_scan", __name__),
+    note="one pass, a block of steps at a time",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    devices=("cuda",),
+    interpretable=True,
+    probe=unusable,
+)
 register_backend(OP, "chunked", chunked_associative_scan, note="a tree scan within chunks", dtypes=DTYPES)
 register_backend(OP, "naive", naive_associative_scan, note="step after step", dtypes=DTYPES)
 
@@ -30,7 +41,7 @@ def associative_scan(
 
     x: any shape. a: broadcasts to x. Both real or complex. initial_state: h before the first step, x without
     `dim`; None for zeros. reverse: from the end, h_t = a_t h_{t+1} + x_t, initial_state after the last step.
-    backend: "auto", "chunked" or "naive". Computed in float32 (complex64) at least, under autocast too.
+    backend: "auto", "triton", "chunked" or "naive". Computed in float32 (complex64) at least, under autocast too.
     Returns h in the shape of x and the dtype that a, x and the initial state promote to.
     Raises ValueError for shapes, dtypes or a backend that cannot serve.
     """
@@ -49,5 +60,7 @@ def associative_scan(
     choice = choose_backend(OP, backend, dtype=dtype, device=x.device)
     wide = torch.promote_types(dtype, torch.float32)
     initial = x.new_zeros(before, dtype=wide) if initial_state is None else initial_state.to(wide)
-    a = a.to(wide).reshape((1,) * (x.dim() - a.dim()) + a.shape)
-    return choice.run(a, x.to(wide), initial, dim, reverse).to(dtype)
+    a = a.reshape((1,) * (x.dim() - a.dim()) + a.shape)
+    if choice.name == "triton":  # reads a and x as they are
+        return choice.run(a, x.to(dtype), initial, dim, reverse)
+    return choice.run(a.to(wide), x.to(wide), initial, dim, reverse).to(dtype)

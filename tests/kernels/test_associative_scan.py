@@ -208,7 +208,7 @@ def test_the_operator_is_registered_in_full():
 
 
 def test_backends_are_registered():
-    assert backends()["associative_scan"] == {"chunked": "ok", "naive": "ok"}
+    assert {"chunked": "ok", "naive": "ok"}.items() <= backends()["associative_scan"].items()
 
 
 @pytest.mark.parametrize(
