@@ -93,6 +93,7 @@ class ChannelDecay:
             q, k, since, until = (halves(t, h) for t in (self.q, self.k, self.since, self.until))
             part = q[1].shape
             fq, fk, qf, kf = (self.new(*part) if gradients else t.view(part) for t in shared)
+            kf = k[0] if h == 1 else kf
             block = self.new(*part[:-1], h)
             ends = since[0][..., -1:, :], since[1][..., -1:, :]
             self.levels.append(Level(h, q[1], k[0], since[1], until[0], ends, fq, fk, qf, kf, block, corner(self.a, h)))
@@ -117,8 +118,9 @@ class ChannelDecay:
         """
         body = self.since[..., : self.shape.length, :]
         body.copy_(g)
-        # Products of exp(g) round once per token, alike where tokens decay alike; over many chunks that would show.
-        torch.sum(body, -2, out=self.end).exp_()
+        if self.carries:
+            # Products of exp(g) round once per token, alike where tokens decay alike: over many chunks that would show.
+            torch.sum(body, -2, out=self.end).exp_()
         body.exp_()
         self.since[..., self.shape.length :, :].fill_(1)
         self.until.fill_(1)
@@ -126,12 +128,15 @@ class ChannelDecay:
         self.diagonal.copy_(self.qs.sum(-1))
         for level in self.levels:
             torch.mul(level.q, level.since, out=level.qf)
-            torch.mul(level.k, level.until, out=level.kf)
+            if level.h > 1:  # the token before the middle has not decayed: kf is k
+                torch.mul(level.k, level.until, out=level.kf)
             if keep:
                 level.fq.copy_(level.since)
                 level.fk.copy_(level.until)
             torch.bmm(flat(level.qf), flat(level.kf).transpose(1, 2), out=flat(level.block))
             level.a.copy_(level.block)
+            if 2 * level.h == self.chunk and not self.carries:
+                break
             end_left, end_right = level.ends
             level.until.mul_(end_right)
             level.since.mul_(end_left)

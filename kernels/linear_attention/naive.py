@@ -41,7 +41,8 @@ def naive_linear_attention(
 ) -> tuple[Tensor, LinearState]:
     """o_i = sum_j w_ij v_j / (sum_j w_ij + eps), w_ij = scale q_i . k_j, over all j or, if causal, j <= i.
 
-    Shapes as in `linear_attention`, whose arguments these are (return_state is not used); the initial state adds to both sums. Needs L x
+    Shapes as in `linear_attention`, whose arguments these are (return_state is not used); the initial state adds to
+    both sums. Needs L x
     S memory, and N times that for a packed row, which becomes a batch of N copies that each see the keys of
     one sequence.
     """

@@ -123,6 +123,63 @@ def test_gradients(causal, normalize, packed):
             close(got, expected)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("length", "key", "value"), [(1, 60, 40), (63, 64, 40), (64, 60, 64), (65, 64, 60), (500, 60, 64)]
+)
+def test_single_precision_on_the_grid(normalize, length, key, value):
+    """Outputs, last state and all gradients, of inputs in any stride, against the oracle in float64."""
+    tensors = [
+        t.transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
+        for t in inputs(1, length, key=key, value=value, dtype=torch.float32)
+    ]
+    tensors.append(torch.randn(1, 2, value, key).mT.requires_grad_())
+    if normalize:
+        tensors.append(torch.rand(1, 2, key).requires_grad_())
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+
+    def run(q, k, v, s, z=None, *, backend):
+        options = {"causal": True, "normalize": normalize, "scale": 0.3, "return_state": True, "backend": backend}
+        o, state = linear_attention(q, k, v, initial_state=LinearState(s, z), **options)
+        return [t for t in (o, *state) if t is not None]
+
+    outputs, want = run(*tensors, backend="chunked"), run(*doubles, backend="naive")
+    cotangents = [torch.randn(o.shape) for o in outputs]
+    gradients = torch.autograd.grad(outputs, tensors, cotangents)
+    expected = torch.autograd.grad(want, doubles, [c.double() for c in cotangents])
+    for a, b in zip((*outputs, *gradients), (*want, *expected), strict=True):
+        close(a, b, torch.float32)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_of_a_single_chunk(normalize, rows):
+    """Without a state before or after them, or with one that is wanted."""
+    tensors = inputs(rows, 21, grad=True)
+    weight, final = torch.randn(rows, 21, 2, 4).double(), torch.randn(rows, 2, 3, 4).double()
+    for wanted in (False, True):
+        results = []
+        for backend in BACKENDS:
+            options = {"causal": True, "normalize": normalize, "return_state": wanted, "backend": backend}
+            o, state = linear_attention(*tensors, **options)
+            assert (state is not None) == wanted
+            objective = (o * weight).sum() + ((state.s * final).sum() if wanted else 0)
+            results.append((o, *torch.autograd.grad(objective, tensors)))
+        for a, b in zip(*results, strict=True):
+            close(a, b)
+
+
+def test_a_state_that_nobody_wants_is_not_made():
+    tensors = inputs(4, 8, key=32, value=32, dtype=torch.float32, grad=True)
+    state = 4 * 2 * 32 * 32
+    with LargestTensor() as seen:
+        linear_attention(*tensors, causal=True)[0].sum().backward()
+    assert 0 < seen.largest < state
+    with LargestTensor() as control:
+        linear_attention(*tensors, causal=True, return_state=True)
+    assert control.largest >= state
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("length", "key", "value"), [(63, 60, 64), (65, 16, 5), (150, 64, 60)])
@@ -283,9 +340,9 @@ def test_custom_operator_is_registered_right(causal, normalize):
     """Schema, fake and autograd registration, by torch's own checks."""
     q, k, v = inputs(2, 9, grad=True)
     joint = torch.rand(2, 2, 3, 4 + normalize, dtype=torch.float64, requires_grad=True)
-    for start, keep in ((joint, True), (None, False)):
-        arguments = (q, k, v, start, None, causal, normalize, 1e-6, 0.7, 4, keep)
-        torch.library.opcheck(torch.ops.seqzoo.linear_attention.default, arguments)
+    start, keep = (joint, True) if normalize else (None, False)
+    arguments = (q, k, v, start, None, causal, normalize, 1e-6, 0.7, 4, keep)
+    torch.library.opcheck(torch.ops.seqzoo.linear_attention.default, arguments)
 
 
 def test_second_derivatives_by_the_oracle_only():
