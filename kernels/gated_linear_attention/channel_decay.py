@@ -19,7 +19,11 @@ from .tiles import Shape, corner, flat, halves, power_of_two
 
 
 class Level(NamedTuple):
-    """Blocks of 2h tokens. Views of the tiles: (n, R, G, C / 2h, h, K), buffers x3 as batches of matrices."""
+    """Blocks of 2h tokens: their halves q, since (right) and k, until (left), (n, R, G, C / 2h, h, K), views.
+
+    ends: the decays over the left and the right half. fq, fk: the decays as they were here. qf = q fq, kf = k fk.
+    block: q k^T of the halves, buffer; a: where it goes.
+    """
 
     h: int
     q: Tensor
