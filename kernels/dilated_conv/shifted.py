@@ -1,8 +1,9 @@
 """The dilated convolution as a sum of shifted products, one per tap, over blocks of tokens that stay in cache.
 
 Taps that reach beyond the sequence cost nothing. A depthwise tap is a multiply-add of (B, n, D), a grouped one a matrix
-product of (G B, n, I / G); in float32 on a CPU all depthwise taps are one pass (direct.py). Forward and backward are custom operators, so that a compiler sees
-one node each; autograd through the slices would fill a tensor of x's size per tap.
+product of (G B, n, I / G); in float32 on a CPU all depthwise taps are one pass (direct.py). Forward and backward are
+custom operators, so that a compiler sees one node each; autograd through the slices would fill a tensor of x's size per
+tap.
 
 Letters: B batch, L tokens, I channels in, O channels out, G groups, K taps, P tokens of the tail.
 """

@@ -59,6 +59,32 @@ def test_slabs_equal_the_oracle(length, silu, taps):
         close(a, b)
 
 
+@pytest.mark.parametrize("slab", [1, 700, 1 << 19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 1, 21, 63, 64, 65, 500])
+def test_float32_slabs_equal_the_oracle(length, dtype, slab, monkeypatch):
+    """All taps in one pass, a row in slabs or several rows together; the oracle in float64."""
+    monkeypatch.setattr(chunked, "SLAB", slab)
+    for taps in (1, 4, 20):
+        tensors = inputs(5, length, taps=taps, dtype=dtype, grad=True)
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        y, want = run(tensors, silu=True, backend="chunked"), run(wide, silu=True, backend="naive")
+        weight = torch.randn_like(want).to(dtype)
+        got = [y, *torch.autograd.grad((y * weight).sum(), tensors)]
+        expected = [want, *torch.autograd.grad((want * weight.double()).sum(), wide)]
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == dtype
+            error = (a.double() - b).norm() / b.norm().clamp(min=1e-30)
+            assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_operator_keeps_torchs_rules(dtype):
+    """Schema, fake tensors, autograd registration, and tracing, as torch checks them."""
+    x, weight, bias, state = inputs(2, 18, taps=3, dtype=dtype, grad=True)
+    torch.library.opcheck(chunked._forward, (x, state, weight.T.detach().clone().requires_grad_(), bias, True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numeric_gradients(backend):
     tensors = inputs(2, 18, channels=2, taps=3, grad=True)
