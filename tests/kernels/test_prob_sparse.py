@@ -298,3 +298,25 @@ def test_mismatched_shapes():
     q, k, v = draw(1, 6, 7)
     with pytest.raises(ValueError, match="do not go together"):
         prob_sparse_attention(q, k, v[:, :5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [True, False])
+def test_products_at_sampled_places(monkeypatch, dtype, shared):
+    """The CPU's operator, a few queries at a time, with keys drawn twice and keys that do not count."""
+    from seqzoo.kernels.prob_sparse import sampled
+
+    monkeypatch.setattr(sampled, "_ROWS", 4)
+    q, k = torch.randn(2, 11, 3, 5).to(dtype), torch.randn(2, 9, 3, 5).to(dtype)
+    place = torch.randint(0, 9, (1 if shared else 2, 11, 6), dtype=torch.int32)
+    valid = torch.rand(place.shape) < 0.6
+    valid[..., 0] = True
+    drawn = torch.stack([row[at] for row, at in zip(k, place.long().expand(2, -1, -1), strict=True)])
+    s = torch.einsum("blhk,bluhk->blhu", *(t.to(torch.promote_types(dtype, torch.float32)) for t in (q, drawn)))
+    real = valid.unsqueeze(2)
+    for mask, seen in ((None, torch.ones_like(real)), (valid, real)):
+        most, total = sampled.sampled_extent(q, k, place, mask, 6)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
+        torch.testing.assert_close(most, s.masked_fill(~seen, -torch.inf).amax(3), **tolerance)
+        torch.testing.assert_close(total, s.masked_fill(~seen, 0).sum(3), **tolerance)
+    torch.library.opcheck(torch.ops.seqzoo.prob_sparse_sampled.default, (q, k, place, valid, 6))
