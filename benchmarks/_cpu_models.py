@@ -98,7 +98,9 @@ def decode(length: int, *, name: str, steps: int = 32, dim: int = DIM, batch: in
     sizes: list[int] = []
     for past in (length, length // 64):
         with torch.no_grad():
-            state = layer(torch.randn(batch, past, dim, **where), state=layer.init_state(batch)).state
+            state = layer(
+                torch.randn(batch, past, dim, **where), state=layer.init_state(batch, device=where.get("device"))
+            ).state
 
         def run(state: Any = state) -> list[Tensor]:
             with torch.no_grad():

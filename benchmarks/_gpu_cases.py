@@ -137,8 +137,8 @@ def ssd(where: Where, batch: int, length: int, backward: bool) -> Sides:
     return where.sides("gated_linear_attention", runs, Work(factor * flops, 2.75 * moved if backward else moved))
 
 
-def mamba(where: Where, length: int, backward: bool) -> Sides:
-    batch, length, inner, states = (1, 64, 32, 8) if where.tiny else (8, length, 4096, 16)
+def mamba(where: Where, length: int, backward: bool, batch: int = 8) -> Sides:
+    batch, length, inner, states = (1, 64, 32, 8) if where.tiny else (batch, length, 4096, 16)
     u = where.random(batch, length, inner)
     dt = F.softplus(where.random(batch, length, inner, seed=1) - 3)
     a = -torch.arange(1.0, states + 1, device=where.device).expand(inner, states).contiguous()
@@ -182,7 +182,7 @@ def growth(where: Where, length: int, kind: str) -> Sides:
         if kind == "SSD":
             runs[name] = ssd(where, 2, tokens, False).runs["ours"]
         elif kind == "mamba":
-            runs[name] = mamba(where, tokens, False).runs["ours"]
+            runs[name] = mamba(where, tokens, False, batch=2).runs["ours"]
         else:
             shape = (1, tokens, 2, 16) if where.tiny else (4, tokens, 36, 64)
             runs[name] = linear(where, shape, False, kind == "lightning").runs["ours"]

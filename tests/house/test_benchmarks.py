@@ -27,7 +27,7 @@ def lab(monkeypatch):
     import _report
 
     yield SimpleNamespace(cases=_cases, measure=_measure, report=_report)
-    for name in ("_cases", "_measure", "_report", "_runs"):
+    for name in ("_cases", "_measure", "_peers", "_report", "_runs"):
         sys.modules.pop(name, None)
 
 
