@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .chunked import cell_sums, chunked_vq_attention
 from .naive import naive_vq_attention
 from .state import VQState, accumulation_dtype, empty_state
@@ -13,7 +14,19 @@ from .state import VQState, accumulation_dtype, empty_state
 __all__ = ["VQState", "accumulation_dtype", "cell_sums", "empty_state", "vq_attention"]
 
 OP = "vq_attention"
-FEATURES = ("state", "lengths", "window")
+FEATURES = ("state", "lengths", "window", "gradient")
+register_backend(
+    OP,
+    "triton",
+    lazily(".fused", "fused_vq_attention", __name__),
+    note="window and cells in one pass, forwards only",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    devices=("cuda",),
+    features=("lengths", "window"),
+    limits={"key": 256, "value": 256},
+    interpretable=True,
+    probe=unusable,
+)
 register_backend(OP, "chunked", chunked_vq_attention, note="linear in the length", features=FEATURES)
 register_backend(OP, "naive", naive_vq_attention, note="dense scores", features=FEATURES)
 
@@ -48,7 +61,7 @@ def vq_attention(
     bias: (H, 2 C) for distances 0 .. 2 C - 1 if causal, else (H, 4 C - 1) for 1 - 2 C .. 2 C - 1.
     lengths: int64 (B,), keys of each right-padded row; o beyond them is arbitrary, and zero in a row without any.
     initial_state: `empty_state`, or as an earlier call returned it; causal with a window only.
-    backend: "auto", "chunked" or "naive" (dense scores, the oracle).
+    backend: "auto", "triton" (no state, no gradients), "chunked" or "naive" (dense scores, the oracle).
     Scores, counts and means are float32 (float64 for float64 inputs), under autocast too. Returns o (B, L, H, V)
     and, with return_state, the state after each row's last token, else None.
     Raises ValueError for shapes, dtypes or a backend that cannot serve.
@@ -59,9 +72,11 @@ def vq_attention(
         backend,
         dtype=q.dtype,
         device=q.device,
-        state=initial_state is not None,
+        sizes={"key": q.shape[3], "value": v.shape[3]},
+        state=initial_state is not None or return_state,
         lengths=lengths is not None,
         window=chunk_size is not None,
+        gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)),
     )
     if q.shape[1] == 0:
         return v.new_zeros(*q.shape[:3], v.shape[3]), initial_state if return_state else None
