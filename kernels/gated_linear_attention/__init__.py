@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
 from ..linear_attention import accumulation_dtype
+from ..triton_support import lazily, unusable
 from .bidirectional import beyond, diagonal
 from .chunked import chunked_gated_linear_attention
 from .naive import naive_gated_linear_attention
@@ -21,6 +23,18 @@ __all__ = [
 
 OP = "gated_linear_attention"
 FEATURES = ("state", "lengths")
+register_backend(
+    OP,
+    "triton",
+    lazily(".fused", "fused_gated_linear_attention", __name__),
+    note="one pass over chunks on a GPU",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    devices=("cuda",),
+    features=FEATURES,
+    limits={"key": 256, "value": 256},
+    interpretable=True,
+    probe=unusable,
+)
 register_backend(OP, "chunked", chunked_gated_linear_attention, note="linear in the length", features=FEATURES)
 register_backend(OP, "naive", naive_gated_linear_attention, note="one token after another", features=FEATURES)
 
@@ -50,7 +64,7 @@ def gated_linear_attention(
     lengths: int64 (B,), tokens of each row, which come first; what lies beyond them does not reach the state, and
     o there is arbitrary. initial_state: (B, H, K, V).
     chunk_size: a power of two, positions that go through dense products together; None chooses.
-    backend: "auto", "chunked" or "naive" (the oracle, which also differentiates twice).
+    backend: "auto", "triton", "chunked" or "naive" (the oracle, which also differentiates twice).
     Returns o (B, L, H, V) and, with return_state, the state after each row's last token, (B, H, K, V), else None.
     Raises ValueError for shapes, dtypes or a backend that cannot serve.
     """
@@ -60,13 +74,14 @@ def gated_linear_attention(
         backend,
         dtype=q.dtype,
         device=q.device,
+        sizes={"key": q.shape[3], "value": v.shape[3]},
         state=initial_state is not None or return_state,
         lengths=lengths is not None,
     )
     if lengths is not None:
         pads = beyond(lengths, q.shape[1])
         k, log_decay = k.masked_fill(pads, 0), log_decay.masked_fill(pads, 0)
-    o, state = choice.run(q, k, v, log_decay, initial_state, scale=scale, chunk=chunk_size)
+    o, state = choice.run(q, k, v, log_decay, initial_state, scale=scale, chunk=chunk_size, return_state=return_state)
     return o, state if return_state else None
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .chunked import chunked_linear_attention
 from .naive import LinearState, accumulation_dtype, naive_linear_attention
 
@@ -13,6 +14,18 @@ __all__ = ["LinearState", "accumulation_dtype", "linear_attention"]
 
 OP = "linear_attention"
 FEATURES = ("state", "mask", "varlen")
+register_backend(
+    OP,
+    "triton",
+    lazily(".fused", "fused_linear_attention", __name__),
+    note="one pass over chunks on a GPU",
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    devices=("cuda",),
+    features=FEATURES,
+    limits={"key": 256, "value": 256},
+    interpretable=True,
+    probe=unusable,
+)
 register_backend(OP, "chunked", chunked_linear_attention, note="linear in the length", features=FEATURES)
 register_backend(OP, "naive", naive_linear_attention, note="dense kernel matrix", features=FEATURES)
 
@@ -43,7 +56,7 @@ def linear_attention(
     key_mask: bool (B, S), False for keys that do not exist.
     cu_seqlens: int32 (N+1,), bounds of N sequences packed into one row (B = 1, S = L).
     initial_state: sums over keys before the first, as an earlier call returned them, with N rows if packed.
-    backend: "auto", "chunked" or "naive" (the oracle, which also differentiates twice).
+    backend: "auto", "triton", "chunked" or "naive" (the oracle, which also differentiates twice).
     Returns o (B, L, H, V) and, with return_state, the sums over all keys so far, else None.
     Raises ValueError for shapes, dtypes or a backend that cannot serve.
     """
@@ -53,6 +66,7 @@ def linear_attention(
         backend,
         dtype=q.dtype,
         device=q.device,
+        sizes={"key": q.shape[3], "value": v.shape[3]},
         state=initial_state is not None or return_state,
         mask=key_mask is not None,
         varlen=cu_seqlens is not None,
@@ -69,6 +83,7 @@ def linear_attention(
         eps=eps,
         scale=scale,
         cu_seqlens=cu_seqlens,
+        return_state=return_state,
     )
     return o, state if return_state else None
 

@@ -160,7 +160,7 @@ def test_dropout_and_parameter_count():
         ({"feature_map": "elu"}, r"feature_map='elu' is unknown. Did you mean .*elu\+1"),
         ({"eps": 0.0}, "eps=0.0"),
         ({"proj_drop": 1.0}, "proj_drop=1.0"),
-        ({"backend": "triton"}, "backend='triton' is unknown; choose from auto, chunked, naive"),
+        ({"backend": "flash"}, "backend='flash' is unknown; choose from auto, triton, chunked, naive"),
     ],
 )
 def test_bad_options_are_refused_when_built(options, message):

@@ -51,7 +51,7 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    found = {name: re.search(rf"\b{name}:(\d+)", said) for name in ("REG", "LOCAL")}
+    found = {name: re.search(rf"\b{name}:(\d+)", said) for name in ("REG", "STACK", "LOCAL")}
     return {key.lower(): int(match[1]) for key, match in found.items() if match}
 
 
