@@ -169,7 +169,7 @@ class Mamba(Mixer):
         conv_bias: bool = True,
         proj_bias: bool = False,
         chunk_size: int | None = None,
-        backend: Literal["auto", "chunked", "naive"] = "auto",
+        backend: Literal["auto", "triton", "chunked", "naive", "compiled"] = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
