@@ -14,8 +14,10 @@ if [[ -n ${SEQZOO_WHEELS:-} ]]; then
     pip_options+=(--no-index --find-links "$SEQZOO_WHEELS")
 fi
 while read -r module requirement; do
-    python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)" && continue
-    python -m pip install "${pip_options[@]}" "$requirement" || echo "gpu.sh: $requirement could not be installed"
+    find="import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is None)"
+    python -c "$find" </dev/null 2>/dev/null && continue
+    python -m pip install "${pip_options[@]}" "$requirement" </dev/null ||
+        echo "gpu.sh: $requirement could not be installed"
 done <<'PACKAGES'
 antlr4 antlr4-python3-runtime==4.9.3
 omegaconf omegaconf
