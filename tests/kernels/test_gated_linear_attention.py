@@ -169,9 +169,11 @@ def test_single_precision_on_the_grid(form, length, key, value):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("rows", "groups", "length", "chunk"), [(40, 2, 21, None), (3, 1, 5, None), (1, 1, 16, 16)])
-def test_rows_of_a_single_chunk(form, rows, groups, length, chunk):
-    """Without a state before or after them; and with one that is wanted or given."""
+@pytest.mark.parametrize(
+    ("rows", "groups", "length", "chunk"), [(40, 2, 21, None), (3, 1, 5, None), (1, 1, 16, 16), (1, 2, 70, None)]
+)
+def test_states_that_matter_and_that_do_not(form, rows, groups, length, chunk):
+    """Given or not, wanted or not, in a single chunk and in several."""
     groups = 2 if form == "channel" else groups
     tensors = inputs(rows, length, form, groups=groups, strength=0.3, grad=True)
     weight, final = torch.randn(rows, length, 2, 4).double(), torch.randn(rows, 2, 3, 4).double()
@@ -209,7 +211,7 @@ def test_slow_decay_does_not_gather_rounding_errors(form):
     q, k, v, g = inputs(1, 3000, form, dtype=torch.float32)
     q, k, v, g = q.abs(), k.abs(), v.abs(), torch.full_like(g, slow.item())
     o, state = gated_linear_attention(q, k, v, g, return_state=True)
-    want, want_state = gated_linear_attention(*(t.double() for t in (q, k, v, g)), return_state=True, chunk_size=1)
+    want, want_state = gated_linear_attention(*(t.double() for t in (q, k, v, g)), return_state=True, backend="naive")
     close(o, want, torch.float32)
     close(state, want_state, torch.float32)
 

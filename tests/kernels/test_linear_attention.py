@@ -152,11 +152,11 @@ def test_single_precision_on_the_grid(normalize, length, key, value):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_rows_of_a_single_chunk(normalize, rows):
-    """Without a state before or after them, or with one that is wanted."""
-    tensors = inputs(rows, 21, grad=True)
-    weight, final = torch.randn(rows, 21, 2, 4).double(), torch.randn(rows, 2, 3, 4).double()
+@pytest.mark.parametrize(("rows", "length"), [(1, 21), (3, 21), (1, 70)])
+def test_states_that_matter_and_that_do_not(normalize, rows, length):
+    """Wanted or not, in a single chunk and in several."""
+    tensors = inputs(rows, length, grad=True)
+    weight, final = torch.randn(rows, length, 2, 4).double(), torch.randn(rows, 2, 3, 4).double()
     for wanted in (False, True):
         results = []
         for backend in BACKENDS:
