@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .chunked import ema_chunked
 from .coefficients import ema_coefficients, initialize_ema
 from .fft import ema_fft, ema_kernel
@@ -15,9 +16,21 @@ from .naive import Coefficients, EmaState, ema_naive
 
 __all__ = ["Coefficients", "EmaState", "ema", "ema_coefficients", "ema_kernel", "initialize_ema"]
 
-register_backend("ema", "chunked", ema_chunked, note="exact, matrix products only")
-register_backend("ema", "fft", ema_fft, note="whole kernel and FFT")
-register_backend("ema", "naive", ema_naive, note="the recurrence, token by token")
+register_backend(
+    "ema",
+    "triton",
+    lazily(".fused", "fused_ema", __name__),
+    note="the recurrence, averages in registers",
+    dtypes=(torch.float32,),  # of the averages; x may be narrower
+    devices=("cuda",),
+    limits={"averages": 64},
+    interpretable=True,
+    probe=unusable,
+)
+EVERYTHING = ("truncation", "ragged_state")
+register_backend("ema", "chunked", ema_chunked, note="exact, matrix products only", features=EVERYTHING)
+register_backend("ema", "fft", ema_fft, note="whole kernel and FFT", features=EVERYTHING)
+register_backend("ema", "naive", ema_naive, note="the recurrence, token by token", features=EVERYTHING)
 
 
 def ema(
@@ -30,7 +43,7 @@ def ema(
     lengths: Tensor | None = None,
     initial_state: EmaState | None = None,
     return_state: bool = False,
-    backend: Literal["auto", "naive", "chunked", "fft"] = "auto",
+    backend: Literal["auto", "triton", "naive", "chunked", "fft"] = "auto",
 ) -> tuple[Tensor, EmaState | None]:
     """h_t = q h_{t-1} + b x_t, y_t = sum_n c_n h_{t,n} + skip x_t per channel (arXiv:2209.10655, eq. 5 to 7).
 
@@ -66,18 +79,26 @@ def ema(
     if truncation is not None and initial_state is None and not return_state and truncation >= length:
         truncation = None  # no tap of the kernel is cut off
     dtype = torch.promote_types(torch.promote_types(x.dtype, ahead[0].dtype), torch.float32)
-    run = choose_backend("ema", backend, dtype=dtype, device=x.device).run
+    choice = choose_backend(
+        "ema",
+        backend,
+        dtype=dtype,
+        device=x.device,
+        sizes={"averages": num_dims},
+        truncation=truncation is not None,
+        ragged_state=return_state and lengths is not None,
+    )
     if initial_state is not None:
         h, tail = initial_state
         initial_state = EmaState(h.to(dtype), None if tail is None else tail.to(dtype))
     if length == 0:
         return x, _empty(x, ahead, truncation, initial_state, dtype) if return_state else None
-    work = x.to(dtype)
+    work = x if choice.name == "triton" else x.to(dtype)  # that one reads x as it is
     if lengths is not None:
         beyond = torch.arange(length, device=x.device) >= lengths.unsqueeze(1)
         work = work.masked_fill(beyond.unsqueeze(2), 0)
     with torch.autocast(x.device.type, enabled=False):
-        y, final = run(
+        y, final = choice.run(
             work,
             Coefficients(*(part.to(dtype) for part in ahead)),
             None if behind is None else Coefficients(*(part.to(dtype) for part in behind)),

@@ -63,7 +63,7 @@ def backward_launch(batch: int, length: int, channels: int, states: int) -> tupl
     return Launch(width, tile, chunk, max(1, triton.cdiv(length, chunk))), tiles
 
 
-def _padded(t: Tensor, *sizes: int) -> Tensor:
+def padded(t: Tensor, *sizes: int) -> Tensor:
     """float32, contiguous, with zeros up to these sizes of the last axes."""
     pad = [more for size, have in zip(reversed(sizes), reversed(t.shape), strict=False) for more in (0, size - have)]
     return F.pad(t.float(), pad).contiguous()
@@ -80,15 +80,15 @@ def _forward(
         return y.zero_(), initial.new_empty(0), initial.clone()
     width, tile, chunk, number = forward_launch(batch, length, channels, states)
     longer = triton.cdiv(length, KEPT) * KEPT
-    u, dt, a2, before = u.contiguous(), dt.contiguous(), _padded(a, width) * LOG2_E, _padded(initial, width)
-    b, c = _padded(b, longer, width), _padded(c, longer, width)
+    u, dt, a2, before = u.contiguous(), dt.contiguous(), padded(a, width) * LOG2_E, padded(initial, width)
+    b, c = padded(b, longer, width), padded(c, longer, width)
     sizes = {"E": channels, "N": width, "BE": tile, "T": GROUP, "num_warps": 1}
     saved = before.new_empty((batch, longer // KEPT, channels, width) if save else 0)
     last, grid = torch.empty_like(before), (triton.cdiv(channels, tile) * batch * number,)
     if number > 1:
         ends, total = before.new_empty(batch, number, channels, width), before.new_empty(batch, number, channels)
         scan_ends[grid](u, dt, b, a2, ends, total, length, longer, number, chunk, REVERSE=False, **sizes)
-        _carry(ends, total, a2, before, last, reverse=False)
+        carry(ends, total, a2, before, last, reverse=False)
         before = ends
     through = None if skip is None else skip.float().contiguous()
     scan_outputs[grid](
@@ -98,7 +98,7 @@ def _forward(
     return y, saved, last[..., :states].clone()
 
 
-def _carry(ends: Tensor, total: Tensor, a2: Tensor, first: Tensor, last: Tensor, *, reverse: bool) -> None:
+def carry(ends: Tensor, total: Tensor, a2: Tensor, first: Tensor, last: Tensor, *, reverse: bool) -> None:
     batch, number, channels, width = ends.shape
     tile = 128 // width
     grid = (triton.cdiv(channels, tile) * batch,)
@@ -123,13 +123,13 @@ def _backward(
         return (*(torch.zeros_like(t) for t in (u, dt, a, b, c)), dlast.new_zeros(channels), dlast.clone())
     (width, tile, chunk, number), tiles = backward_launch(batch, length, channels, states)
     longer, groups = saved.shape[1] * KEPT, triton.cdiv(triton.cdiv(channels, tile), tiles)
-    dy, u, dt, a2 = dy.contiguous(), u.contiguous(), dt.contiguous(), _padded(a, width) * LOG2_E
-    wide_b, wide_c, leaving = _padded(b, longer, width), _padded(c, longer, width), _padded(dlast, width)
+    dy, u, dt, a2 = dy.contiguous(), u.contiguous(), dt.contiguous(), padded(a, width) * LOG2_E
+    wide_b, wide_c, leaving = padded(b, longer, width), padded(c, longer, width), padded(dlast, width)
     sizes = {"E": channels, "N": width, "BE": tile, "num_warps": 1}
     entering, total = a2.new_empty(batch, number, channels, width), a2.new_empty(batch, number, channels)
     dinitial, grid = torch.empty_like(leaving), (triton.cdiv(channels, tile) * batch * number,)
     scan_ends[grid](dy, dt, wide_c, a2, entering, total, length, longer, number, chunk, T=GROUP, REVERSE=True, **sizes)
-    _carry(entering, total, a2, leaving, dinitial, reverse=True)
+    carry(entering, total, a2, leaving, dinitial, reverse=True)
     du, ddt = torch.empty_like(u), torch.empty_like(dt)
     db, dc = (a2.new_empty(groups, batch, longer, width) for _ in range(2))
     da, dskip = torch.empty_like(entering), torch.zeros_like(total)
