@@ -154,7 +154,7 @@ def _forward(
     slots = index.shape[3]
     o = torch.empty(batch, length, heads, v.shape[3], dtype=v.dtype, device=q.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    carried = (lse, lse, lse)  # never touched where one pass does it all
+    carried: tuple[Tensor, ...] = (lse, lse, lse)  # never touched where one pass does it all
     if pairs is not None and slots > 1:
         rows = batch * heads * length
         carried = tuple(o.new_empty(n, dtype=torch.float32) for n in (rows * v.shape[3], rows, rows))

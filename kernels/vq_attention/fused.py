@@ -218,8 +218,8 @@ def _tables(
         number, total = (t.cumsum(2) for t in shifted)
         if not causal:
             parts = _cells(v, code, lengths, codes, chunk, size, groups)
-            rest = (t.flip(2).cumsum(2).flip(2) for t in parts)
-            rest = [torch.cat((t[:, :, 1:], torch.zeros_like(t[:, :, :1])), 2) for t in rest]
+            behind = (t.flip(2).cumsum(2).flip(2) for t in parts)
+            rest = [torch.cat((t[:, :, 1:], torch.zeros_like(t[:, :, :1])), 2) for t in behind]
             number, total = number + rest[0], total + rest[1]
     return number, (total / number.clamp(min=1).unsqueeze(4)).to(v.dtype)
 
