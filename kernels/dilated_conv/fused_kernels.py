@@ -9,6 +9,8 @@ ahead of the token. Places are those of a class: place q of class r is token r +
 """
 
 # ruff: noqa: RUF005 (Triton compiles no stars in a tuple)
+# Unrolled loops let tuples grow.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 

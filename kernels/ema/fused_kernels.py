@@ -7,6 +7,8 @@ S tokens per kept state, T tokens of a group. REVERSE: the average runs from the
 """
 
 # ruff: noqa: RUF005, SIM102 (Triton compiles no stars in a tuple, no `and` with a constant)
+# Unrolled loops let tuples grow.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ def _backward(
     """Gradients of u, dt, a, b, c, skip (zeros (E,) without one) and the initial state."""
     (batch, length, channels), states = u.shape, a.shape[1]
     if u.numel() == 0 or states == 0:
-        return (*(torch.zeros_like(t) for t in (u, dt, a, b, c)), dlast.new_zeros(channels), dlast.clone())
+        du, ddt, da, db, dc = (torch.zeros_like(t) for t in (u, dt, a, b, c))
+        return du, ddt, da, db, dc, dlast.new_zeros(channels), dlast.clone()
     (width, tile, chunk, number), tiles = backward_launch(batch, length, channels, states)
     longer, groups = saved.shape[1] * KEPT, triton.cdiv(triton.cdiv(channels, tile), tiles)
     dy, u, dt, a2 = dy.contiguous(), u.contiguous(), dt.contiguous(), padded(a, width) * LOG2_E

@@ -10,6 +10,8 @@ registers, J groups of `tiles` tiles of channels.
 """
 
 # ruff: noqa: RUF005 (Triton compiles no stars in a tuple)
+# Unrolled loops let tuples grow.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
