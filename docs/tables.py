@@ -133,7 +133,8 @@ def bars(name: str, command: str) -> str:
     for row in (row for row in record["rows"] if row["bar"] is not None):
         unit = "MiB" if row["of"] == "memory" else "ms"
         pair = [row.get(f"{side} {unit}") for side in ("ours", "peer")]
-        ours, peer = (f"{value:.3g} {unit}" if value is not None else "" for value in pair)
+        texts = ("" if v is None else f"{v:.0f} {unit}" if v >= 1000 else f"{v:.3g} {unit}" for v in pair)
+        ours, peer = texts
         value = row["of roof"] if row["of"] == "roof" else row["ratio"]
         rows.append(
             {
