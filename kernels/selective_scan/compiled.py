@@ -108,8 +108,8 @@ def _backward(
     tensors = (dy, dlast, u, dt, rate, b, c, saved, du, ddt, da, db, dc, dinitial)
     _call("backward", sizes, (u, dt, b, c, dy), tensors)
     da, db, dc = (t[0] if t.shape[0] == 1 else t.sum(0) for t in (da, db, dc))
-    gradients = [t.to(dtype) for t, dtype in zip((du, ddt, da, db, dc), wanted, strict=True)]
-    return *gradients, dinitial
+    du, ddt, da, db, dc = (t.to(dtype) for t, dtype in zip((du, ddt, da, db, dc), wanted, strict=True))
+    return du, ddt, da, db, dc, dinitial
 
 
 @_forward.register_fake
