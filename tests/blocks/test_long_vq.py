@@ -265,7 +265,7 @@ def test_defaults():
         ({"commitment_weight": -1.0}, "commitment_weight=-1.0"),
         ({"decay": 0.0}, "decay=0.0"),
         ({"reduction": "max"}, "reduction='max'"),
-        ({"backend": "triton"}, "backend='triton' is unknown"),
+        ({"backend": "flash"}, "backend='flash' is unknown"),
         ({"d_state": 0}, "d_state=0"),
         ({"drop": 1.0}, "1.0"),
     ],

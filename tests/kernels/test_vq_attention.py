@@ -355,7 +355,7 @@ def test_empty_input_and_state_size():
         ({"causal": False, "return_state": True, "bias": None}, "a state needs causal=True"),
         ({"chunk_size": None}, "need a window"),
         ({"initial_state": empty_state(1, 4, M, H, K, V)}, "initial_state has shapes"),
-        ({"backend": "triton"}, "backend='triton' is unknown"),
+        ({"backend": "flash"}, "backend='flash' is unknown"),
     ],
 )
 def test_bad_arguments(change, message):
