@@ -48,12 +48,18 @@ def power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def ceil_div(a: int, b: int) -> int:
+    """How many of b cover a; for the sizes of a traced graph too."""
+    return -(-a // b)
+
+
 def chunk_length(length: int, key: int, value: int, dtype: torch.dtype, channels: bool, wanted: int | None) -> int:
     """Positions that go through dense products together."""
-    largest = 64 if dtype == torch.bfloat16 and not channels else 32
-    if dtype != torch.bfloat16 and max(key, value) <= 64 and not channels:
-        largest = 64
-    return max(16, min(largest, wanted or largest, power(length)))
+    width = max(key, value)
+    short = channels or dtype == torch.float32 or (dtype == torch.float16 and width > 64)
+    largest = 16 if dtype != torch.bfloat16 and width > 128 else 32 if short else 64
+    covering = 16 if length <= 16 else 32 if length <= 32 else 64  # comparisons, which a traced length allows
+    return max(16, min(largest, wanted or largest, covering))
 
 
 def column_block(length: int, width: int) -> int:
@@ -63,10 +69,10 @@ def column_block(length: int, width: int) -> int:
 
 def cut(rows: int, heads: int, width: int, length: int, chunk: int) -> tuple[int, int, bool]:
     """Size of a segment, segments of a row and whether there are several."""
-    programs = rows * heads * triton.cdiv(width, column_block(length, width))
-    several = 1 if programs >= ENOUGH else triton.cdiv(BUSY, max(1, programs))
-    size = max(SHORTEST * chunk, triton.cdiv(triton.cdiv(length, several), chunk) * chunk)
-    segments = triton.cdiv(length, size)
+    programs = rows * heads * ceil_div(width, column_block(length, width))
+    several = 1 if programs >= ENOUGH else ceil_div(BUSY, max(1, programs))
+    size = max(SHORTEST * chunk, ceil_div(ceil_div(length, several), chunk) * chunk)
+    segments = ceil_div(length, size)
     return size, segments, segments > 1
 
 
@@ -137,7 +143,7 @@ def run_fold(
     vectors = z.new_empty(kept if vector else 0, heads, m, dtype=torch.float32)
     totals = z.new_empty(kept if decay else 0, heads, *([m] if decay == KEY else []), dtype=torch.float32)
     block = min(64, power(n))
-    blocks = triton.cdiv(n, block)
+    blocks = ceil_div(n, block)
     if plan.total and heads and m and n:
         fold[(plan.total * heads * blocks,)](
             y, z, y if g is None else g, y if extra is None else extra, sums, vectors, totals,
@@ -151,10 +157,11 @@ def run_fold(
     return sums, vectors, totals
 
 
-def _warps(dtype: torch.dtype, m: int, block: int, chunk: int) -> int:
+def _warps(dtype: torch.dtype, m: int, block: int, chunk: int, more: bool = False) -> int:
+    """Warps of a program: as many as keep its registers from spilling far; more: for what keeps more in them."""
     if power(m) * block <= 16 * 64 and chunk <= 32:
         return 2
-    return 8 if power(m) > 128 or (dtype != torch.bfloat16 and power(m) > 64) else 4
+    return 8 if power(m) > 128 or (power(m) > 64 and (more or dtype != torch.bfloat16)) else 4
 
 
 def run_scan(
@@ -172,7 +179,7 @@ def run_scan(
     last = sums.new_empty(plan.rows, heads, m, n) if final else None
     block = min(1024, triton.next_power_of_2(max(1, m * n)))
     if plan.rows and heads and m * n:
-        scan[(plan.rows * heads * triton.cdiv(m * n, block),)](
+        scan[(plan.rows * heads * ceil_div(m * n, block),)](
             sums, totals, initial if initial is not None else sums, last if last is not None else sums,
             plan.firsts if plan.firsts is not None else sums, *_strides(initial, 4), plan.segments, heads,
             M=m, N=n, BLOCK=block, DECAY=decay, REVERSE=reverse, INITIAL=initial is not None, FINAL=final,
@@ -212,7 +219,7 @@ def run_walk(
     heads, m, n = out.shape[2], x.shape[3], out.shape[3]
     op, precision = _operands(x.dtype)
     block = column_block(plan.length, n)
-    blocks = triton.cdiv(n, block)
+    blocks = ceil_div(n, block)
     beside = den if den is not None else extra
     if not (plan.total and heads and m and n):
         return
@@ -230,5 +237,6 @@ def run_walk(
         M=m, N=n, BM=power(m), BN=block, NB=blocks, C=plan.chunk, LEVELS=_levels(decay, plan.chunk), OP=op,
         PRECISION=precision, CAUSAL=causal, REVERSE=reverse, DECAY=decay, NORMALIZE=den is not None, EXTRA=column,
         GRADIENT=dg is not None, SPLIT=split, INITIAL=state is not None, FINAL=final is not None,
-        PACKED=plan.table is not None, num_warps=_warps(x.dtype, m, block, plan.chunk), num_stages=2,
+        PACKED=plan.table is not None, num_warps=_warps(x.dtype, m, block, plan.chunk, decay >= KEY or dg is not None),
+        num_stages=2,
     )  # fmt: skip
