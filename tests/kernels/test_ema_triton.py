@@ -67,9 +67,10 @@ def test_lengths_and_strides():
     weights = Coefficients(*(-torch.rand(3, 2, device=DEVICE) for _ in range(3)))
     lengths = torch.tensor([7, 4], device=DEVICE)
     both = Coefficients(*(-torch.rand(3, 2, device=DEVICE) for _ in range(3)))
-    got, want = (ema(x, weights, both, lengths=lengths, backend=backend)[0] for backend in ("triton", "naive"))
+    got = ema(x, weights, both, lengths=lengths, backend="triton")[0]
     for row, n in enumerate(lengths.tolist()):
-        torch.testing.assert_close(got[row, :n], want[row, :n], rtol=1e-5, atol=1e-5)
+        alone = ema(x[row : row + 1, :n], weights, both, backend="naive")[0]
+        torch.testing.assert_close(got[row, :n], alone[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_past_is_bitwise_independent_of_the_future():
