@@ -79,8 +79,8 @@ class HeadDecay:
         lead = (1, 1) if constant else (n, rows)
         self.wide, self.ready = power_of_two(length), False
         # In float64: rounding exp(g) would count once per token, and alike where tokens decay alike.
-        double = {"dtype": torch.float64}
-        self.from_start, self.to_end = (self.like.new_empty(*lead, groups, share, self.wide, **double) for _ in "su")
+        wide = (*lead, groups, share, self.wide)
+        self.from_start, self.to_end = (self.like.new_empty(wide, dtype=torch.float64) for _ in "su")
         m = self.like.new_zeros(*lead, groups, share, self.wide, self.wide)
         m.diagonal(dim1=-2, dim2=-1).fill_(1)
         self.levels = []
