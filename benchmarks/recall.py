@@ -39,7 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gla": {"num_heads": 2},
     "lightning": {"num_heads": 2},
     "linear": {"num_heads": 2},
-    "long_vq": {"chunk_size": 16, "codebook_size": 128},
+    # Without restarts 3 of 128 codewords take all tokens (perplexity), and most of the keys are one.
+    "long_vq": {"chunk_size": 16, "kmeans_init": True, "threshold_ema_dead_code": 1.0},
     "mamba2": {"head_dim": 32, "d_state": 64},
     "mega": {"chunk_size": 32},
     "softmax": {"num_heads": 2},
