@@ -108,8 +108,8 @@ def _backward(
     plan, kind = _plan(q, v, g, chunk), _kind(g)
     shape = g.shape if decays else (0,)
     if plan.total == 0:
-        empty = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        return *empty, dstate.new_zeros(shape), dstate.clone()
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        return dq, dk, dv, dstate.new_zeros(shape), dstate.clone()
     do = readable(do if scale == 1 else do * scale)
     q, k, v, g = readable(q), readable(k), readable(v), _spread(g, q, v)
     dstate = dstate.contiguous()

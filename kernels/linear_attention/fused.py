@@ -53,7 +53,7 @@ def _kept(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int:
 
 def _sums(
     y: Tensor, z: Tensor, plan: Plan, initial: Tensor | None, first: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Any, Any]:
     """Of `run_fold`, summed up: states and vectors before each segment and, with everything=True, after all."""
     sums, vectors, totals = run_fold(y, z, plan, **options)
     after: dict[str, Any] = {"reverse": options.get("reverse", False), "final": options.get("everything", False)}
@@ -88,7 +88,8 @@ def _forward(
     den = wide.new_empty(*q.shape[:2], heads if normalize else 0)
     starts = wide.new_empty(_kept(q, v, cu_seqlens) if causal else 0, heads, key, value)
     vectors = wide.new_empty(starts.shape[0] if normalize else 0, heads, key)
-    ones, options = int(normalize), {"scale": scale, "eps": eps, "den": den if normalize else None}
+    ones = int(normalize)
+    options: dict[str, Any] = {"scale": scale, "eps": eps, "den": den if normalize else None}
     if not causal:
         _, _, s, z = _sums(k, v, sources, initial, vector, vector=ones, everything=True)
         run_walk(q, k, v, o, plan, causal=False, state=s, vector=z, **options)
@@ -202,7 +203,7 @@ def _backward(
 
 @_forward.register_fake
 def _(q, k, v, initial, vector, cu_seqlens, causal, normalize, eps, scale):
-    heads, key, value = *q.shape[2:], v.shape[3]
+    (heads, key), value = q.shape[2:], v.shape[3]
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = v.new_empty(0, dtype=torch.float32)
     kept = _kept(q, v, cu_seqlens) if causal else 0
