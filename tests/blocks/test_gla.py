@@ -215,7 +215,7 @@ def test_gates_and_state_stay_in_single_precision(dtype):
         ({"clamp_min": 0.5}, "clamp_min=0.5"),
         ({"proj_drop": 1.0}, "proj_drop=1.0"),
         ({"chunk_size": 0}, "chunk_size=0 must be a power of two"),
-        ({"backend": "triton"}, "backend='triton' is unknown"),
+        ({"backend": "flash"}, "backend='flash' is unknown"),
     ],
 )
 def test_bad_options_are_refused_when_built(options, message):

@@ -235,7 +235,7 @@ def test_parameter_counts():
         ({"norm_eps": 0.0}, "norm_eps=0.0"),
         ({"proj_drop": 1.0}, "proj_drop=1.0"),
         ({"chunk_size": 12}, "chunk_size=12 must be a power of two"),
-        ({"backend": "triton"}, "backend='triton' is unknown"),
+        ({"backend": "flash"}, "backend='flash' is unknown"),
     ],
 )
 def test_bad_options_are_refused_when_built(options, message):
