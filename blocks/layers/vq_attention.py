@@ -51,7 +51,7 @@ class VQAttention(nn.Module):
         qk_norm: bool = True,
         quantize: bool = True,
         commitment_weight: float = 1e-4,
-        backend: Literal["auto", "chunked", "naive"] = "auto",
+        backend: Literal["auto", "triton", "chunked", "naive"] = "auto",
         quantizer_options: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -131,7 +131,7 @@ class LongVQ(Mixer):
         kmeans_init: bool = False,
         threshold_ema_dead_code: float = 0.0,
         reduction: Literal["sum", "mean", "none"] = "sum",
-        backend: Literal["auto", "chunked", "naive"] = "auto",
+        backend: Literal["auto", "triton", "chunked", "naive"] = "auto",
         drop: float = 0.0,
         hidden_drop: float = 0.0,
         device: torch.device | str | None = None,

@@ -229,7 +229,7 @@ class Mamba2(Mixer):
         conv_bias: bool = True,
         proj_bias: bool = False,
         chunk_size: int | None = None,
-        backend: Literal["auto", "chunked", "naive"] = "auto",
+        backend: Literal["auto", "triton", "chunked", "naive"] = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

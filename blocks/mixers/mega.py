@@ -102,7 +102,7 @@ class Mega(Mixer):
         max_len: int = 1024,
         truncation: int | None = None,
         activation: Literal["silu", "gelu", "relu", "tanh"] = "silu",
-        backend: Literal["auto", "chunked", "fft", "naive"] = "auto",
+        backend: Literal["auto", "triton", "chunked", "fft", "naive"] = "auto",
         drop: float = 0.0,
         attn_drop: float = 0.0,
         hidden_drop: float = 0.0,
