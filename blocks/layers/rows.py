@@ -47,8 +47,8 @@ def packed_groups(cu_seqlens: Tensor, length: int, *, together: bool) -> Iterato
     bounds = packed_bounds(cu_seqlens, length)
     lengths = [end - start for start, end in pairwise(bounds)]
     groups: dict[int, list[int]] = {}
-    for sequence, size in enumerate(lengths):
-        groups.setdefault(0 if together else size.bit_length(), []).append(sequence)
+    for sequence, number in enumerate(lengths):
+        groups.setdefault(0 if together else number.bit_length(), []).append(sequence)
     for members in groups.values():
         start = torch.tensor([bounds[m] for m in members], device=cu_seqlens.device).unsqueeze(1)
         size = torch.tensor([lengths[m] for m in members], device=cu_seqlens.device).unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _windowed(
     first = max(k.shape[1] - length - before, 0)  # what no query sees
     k, v = k[:, first:], v[:, first:]
     key_mask = None if mask is None else mask[..., first:].expand(q.shape[0], 1, 1, -1).flatten(0, 2)
-    dense = {"causal": False, "bias": None, "window": None, "scale": scale, "drop": drop}
+    dense: dict[str, Any] = {"causal": False, "bias": None, "window": None, "scale": scale, "drop": drop}
     if length <= MIN_BLOCK:
         distance = torch.arange(length, device=q.device).unsqueeze(1) + (k.shape[1] - length)
         distance = distance - torch.arange(k.shape[1], device=q.device)
