@@ -9,7 +9,7 @@ from seqzoo.kernels import dispatch
 from seqzoo.kernels.linear_attention import LinearState, linear_attention
 
 pytest.importorskip("triton", reason="needs the package triton")
-from seqzoo.kernels.linear_attention import fused_launch
+from seqzoo.kernels.linear_attention import fused, fused_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative to the largest magnitude expected.
@@ -205,7 +205,7 @@ def test_compiles_as_one_graph(packed):
 def test_custom_operator_is_registered_right(short_segments):
     """Schema, fake and autograd registration, by torch's own checks."""
     arguments = (*inputs(1, 20, heads=1), None, True, True, 1e-6, 0.7)
-    torch.library.opcheck(torch.ops.seqzoo.linear_attention_triton.default, arguments)
+    torch.library.opcheck(fused._forward, arguments)
 
 
 def test_refusals(monkeypatch):
