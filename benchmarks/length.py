@@ -3,10 +3,10 @@
     python benchmarks/length.py [--lengths 1024 ... 65536] [--train] [--mixers linear mamba]
 
 Every mixer that can be causal runs causally, the others as `self`; softmax runs both ways. One layer, batch 1, one
-thread, one process, the mixers in turn at each length. A mixer stops at the length where one call would take longer
-than --limit seconds. The efficiency length (CAB, arXiv:2210.07661) is where the log-log curve of a mixer crosses that
-of softmax. Writes benchmarks/results/length.json (length_train.json with --train: forward and backward) and, with
-matplotlib, docs/pictures/length.png.
+thread, one process that keeps freed memory (see _measure.py), the mixers in turn at each length. A mixer stops at the
+length where one call would take longer than --limit seconds. The efficiency length (CAB, arXiv:2210.07661) is where the
+log-log curve of a mixer crosses that of softmax. Writes benchmarks/results/length.json (length_train.json with --train:
+forward and backward) and, with matplotlib, docs/pictures/length.png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from _measure import peak_mib, seconds
+from _measure import keep_freed_memory, peak_mib, seconds
 from _runs import ROOT, write_result
 
 import seqzoo
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="forward and backward instead of forward alone")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    keep_freed_memory()
     torch.set_num_threads(1)
     curves = measure(subjects(options.mixers), options)
     rows = summary(curves)
