@@ -287,7 +287,7 @@ def test_feature_dropout_drops_whole_channels():
         ({"relative_bias": "rotari"}, "Did you mean rotary"),
         ({"relative_bias": "rotary", "z_dim": 5}, "even width, got 5; nearest: 4"),
         ({"activation": "sillu"}, "Did you mean silu"),
-        ({"backend": "triton"}, "backend='triton'"),
+        ({"backend": "flash"}, "backend='flash'"),
         ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
         ({"truncation": 0}, "truncation=0 must be at least 1"),
         ({"d_state": 0}, "d_state=0"),
