@@ -21,6 +21,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+@torch.compiler.assume_constant_result
 def unusable() -> str | None:
     """Why no Triton kernel can run in this process, or None."""
     if importlib.util.find_spec("triton") is None:
