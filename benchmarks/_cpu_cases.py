@@ -10,7 +10,7 @@ from typing import Any
 import _peers as peers
 import torch
 from _cases import Bar, Case, Missing, Run, Sides, Work, attempt, either, forward
-from _cpu_models import DIM, HEADS, LINEAR_COST, decode, growth, informer
+from _cpu_models import DIM, HEADS, LINEAR_COST, decode, informer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -360,11 +360,6 @@ def cases() -> list[Case]:
     for threads in (1, 2):
         case = f"training step, batch 32, {threads} thread{'s' * (threads > 1)}"
         add("informer", case, 96, "fwd+bwd", bars, informer, threads=threads)
-    for name in LINEAR_COST:
-        for length, limit in ((16384, 4.4), (65536, 4.6)):
-            bar = Bar("this length", "a quarter of it", limit)
-            quick = length == 16384 and name not in ("agent", "long_vq", "mamba")
-            add("growth", name, length, "fwd", bar, partial(growth, name=name), quick=quick)
     for name in LINEAR_COST:
         if seqzoo.mixer_info(name).streaming:
             bar = Bar("after a long past", "after a short past", 1.15)

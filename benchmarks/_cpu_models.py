@@ -1,4 +1,4 @@
-"""What benchmarks/cpu.py measures beyond single operations: a training step, growth with the length, decoding."""
+"""What benchmarks/cpu.py measures beyond single operations: a training step, decoding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import _peers as peers
 import torch
-from _cases import Missing, Run, Sides, Work, attempt, forward
+from _cases import Missing, Run, Sides, Work, attempt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,16 +78,6 @@ def _mixer(name: str, dim: int = DIM, **where: Any) -> Any:
     torch.manual_seed(0)
     options = {"num_heads": HEADS} if "num_heads" in seqzoo.mixer_info(name).options else {}
     return seqzoo.create_mixer({"name": name, **options, **CHUNKED.get(name, {})}, dim, causal=True).eval().to(**where)
-
-
-def growth(length: int, *, name: str) -> Sides:
-    """The layer at two lengths, four times apart."""
-    layer = _mixer(name)
-    runs: dict[str, Run | Missing] = {}
-    for tokens in (length, length // 4):
-        x = torch.randn(1, tokens, DIM)
-        runs["this length" if tokens == length else "a quarter of it"] = forward(lambda x: layer(x).y, [x])
-    return Sides(runs, pairs={})
 
 
 def decode(length: int, *, name: str, steps: int = 32, dim: int = DIM, batch: int = 1, **where: Any) -> Sides:

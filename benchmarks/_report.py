@@ -113,7 +113,7 @@ def run_cases(
     """Measure the chosen cases, print and write after each, and return all rows.
 
     roofs: by number of threads, in words. folder: of the results; None writes nothing. known: all cases, which give the
-    rows their order; rows of an earlier run with the same settings stay. after: called after each case.
+    rows their order; rows of an earlier run with the same settings stay, if their case does. after: called after each.
     """
     facts = {"hardware": hardware(device), "packages": versions(*packages)}
     order = {case.key: place for place, case in enumerate(known)}
@@ -129,7 +129,7 @@ def run_cases(
         rows += new
         if after is not None:
             after()
-        earlier = [] if folder is None else earlier_rows(name, settings, folder)
+        earlier = [] if folder is None else [r for r in earlier_rows(name, settings, folder) if _key(r) in order]
         everything = sorted(merged(earlier, rows), key=lambda row: order.get(_key(row), len(order)))
         if folder is None:
             continue

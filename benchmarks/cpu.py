@@ -6,7 +6,7 @@ Both sides of a case get the same inputs in one process, their outputs are compa
 or more (three where one call takes more than three seconds, and the row says so). Times are CPU times of one thread;
 the Informer step is also timed as wall time of two. A ratio is ours / peer of the medians, smaller is better. Peak
 memory is the growth of the resident set in one call, each side in a process of its own. The roof of a case is the time
-of its operations, bytes and exponentials at the rates measured in the same run.
+of its operations, bytes and exponentials at the rates measured in the same run. Growth with the length: length.py.
 
 `pip install 'seqzoo[peers]'` has the peers; a row says which one is missing. Writes benchmarks/results/cpu.json and
 cpu.md, rows of cases that --only leaves out stay, and with matplotlib docs/pictures/cpu.png. --quick takes the cheaper

@@ -6,7 +6,7 @@ Every mixer that can be causal runs causally, the others as `self`; softmax runs
 thread, one process that keeps freed memory (see _measure.py), the mixers in turn at each length. A mixer stops at the
 length where one call would take longer than --limit seconds. The efficiency length (CAB, arXiv:2210.07661) is where the
 log-log curve of a mixer crosses that of softmax. Writes benchmarks/results/length.json (length_train.json with --train:
-forward and backward) and, with matplotlib, docs/pictures/length.png.
+forward and backward; length_default_allocator.json with --allocator default) and, with matplotlib, docs/pictures/.
 """
 
 from __future__ import annotations
@@ -37,20 +37,23 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=30.0, help="seconds of one call")
     parser.add_argument("--train", action="store_true", help="forward and backward instead of forward alone")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--allocator", choices=("keeping", "default"), default="keeping", help="default: glibc's own")
     options = parser.parse_args()
-    keep_freed_memory()
+    if options.allocator == "keeping":
+        keep_freed_memory()
     torch.set_num_threads(1)
     curves = measure(subjects(options.mixers), options)
     rows = summary(curves)
     for row in rows:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-    name = "length_train" if options.train else "length"
+    name = "length" + "_train" * options.train + "_default_allocator" * (options.allocator == "default")
     points = [
         {"mixer": mixer, "pattern": pattern, "length": length, "ms": 1e3 * time, "mib": memory}
         for (mixer, pattern), curve in curves.items()
         for length, (time, memory) in curve.items()
     ]
     settings = {"dim": options.dim, "batch": 1, "threads": 1, "device": options.device, "train": options.train}
+    settings["allocator"] = options.allocator
     print(write_result(name, {"settings": settings, "rows": rows, "points": points}))
     draw(curves, name)
 
@@ -132,7 +135,9 @@ def summary(curves: dict[tuple[str, str], dict[int, Any]]) -> list[dict[str, Any
         row: dict[str, Any] = {"mixer": name, "pattern": pattern}
         for length in (4096, 16384, 65536):
             row[f"ms at {length}"] = 1e3 * time[length] if length in time else None
-        row["16k / 4k"] = time[16384] / time[4096] if 16384 in time and 4096 in time else None
+        for short, long in ((4096, 16384), (16384, 65536)):
+            both = short in time and long in time
+            row[f"{long // 1024}k / {short // 1024}k"] = time[long] / time[short] if both else None
         row["time slope"] = slope(time)
         row["MiB at 16384"] = memory.get(16384)
         row["memory slope"] = slope(memory)

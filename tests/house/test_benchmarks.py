@@ -190,7 +190,7 @@ def test_the_cpu_script_lists_every_bar(script, capsys):
     script("cpu", "--list")
     assert {line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()} == {
         *("softmax", "window", "linear", "lightning", "SSD", "mamba", "s4d", "prob_sparse", "tcnca", "vq", "agent"),
-        *("informer", "growth", "decode"),
+        *("informer", "decode"),
     }
     with pytest.raises(SystemExit):
         script("cpu", "--only", "lineal")
