@@ -193,6 +193,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     colours = pyplot.get_cmap("tab20").colors
@@ -210,6 +211,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     left.set_xticks(pairs, [str(n) for n in pairs])
     left.minorticks_off()
     right.set(xscale="log", xlabel="state after 256 tokens, numbers", ylabel=f"accuracy, {hardest}", ylim=(-0.02, 1.05))
+    right.xaxis.set_minor_formatter(NullFormatter())
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,12 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 VECTOR_BYTES = 64  # of the widest vectors of the source: narrower ones need no more room
 CHUNK_STATES = 1024  # T N: four buffers of as many vectors fit in the second cache of a core
 TASK = 1 << 15  # updates of a state that are worth a thread
-refusal_here = partial(refusal, SOURCE)
+
+
+@torch.compiler.assume_constant_result
+def refusal_here() -> str | None:
+    """Why this form cannot run here, or None; a compiler that traces a choice asks once (a path it could not pass)."""
+    return refusal(SOURCE)
 
 
 def default_chunk(length: int, states: int) -> int:
