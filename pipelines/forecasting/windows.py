@@ -58,8 +58,10 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         span = seq_len + (pred_len if future else 0)
         counts = np.maximum((self.ranges[:, 1] - self.ranges[:, 0] - span) // stride + 1, 0)
         self._ends = np.cumsum(counts)
-        self._center = torch.from_numpy(scaler.mean.astype(np.float32))
-        self._scale = torch.from_numpy((1 / scaler.std).astype(np.float32))
+        # Rows of the table that a window gathers: future covariates are read ahead also where the target is not known.
+        self._span = seq_len + (pred_len if future or table.future_covariates else 0)
+        self._center = self._in_rows(scaler.mean)
+        self._scale = self._in_rows(1 / scaler.std)
         self._static = scaler.transform_static(table.static)
         self._calendar = self._make_calendar() if calendar else None
 
@@ -76,8 +78,11 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     def locate(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Series and first past row within it of some windows, both int64 (B,). Raises IndexError outside."""
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if len(index) and (index.min() < 0 or index.max() >= len(self)):
+        # One pass for both ends: a negative number is a huge one without its sign.
+        if len(index) and index.view(np.uint64).max() >= len(self):
             raise IndexError(f"window {index.min()}..{index.max()} of {len(self)}")
+        if len(self.ranges) == 1:
+            return np.zeros(len(index), np.int64), self.ranges[0, 0] + index * self.stride
         series = np.searchsorted(self._ends, index, side="right")
         before = np.where(series > 0, self._ends[series - 1], 0)
         return series, self.ranges[series, 0] + (index - before) * self.stride
@@ -87,27 +92,32 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         return self.__getitems__(np.atleast_1d(np.asarray(index)))
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        table, num_targets, seq_len = self.table, len(self.table.targets), self.seq_len
-        known = num_targets + len(table.past_covariates)
+        table, seq_len = self.table, self.seq_len
+        widths = (len(table.targets), len(table.past_covariates), len(table.future_covariates))
         series, start = self.locate(indices)
         first = table.offsets[series] + start
-        ahead = self.pred_len if self.future or table.future_covariates else 0
-        values, observed = self._gather(first, seq_len + ahead, series)
-        no_covariates = values.new_zeros(len(first), seq_len + self.pred_len, 0)
+        values, missing = self._gather(first, series)
+        # narrow and split_with_sizes: a third of the time of indexing, which counts in batches this small
+        past_target, past_covariates, _ = values.narrow(1, 0, seq_len).split_with_sizes(widths, 2)
+        if self._span > seq_len:
+            future_covariates = values.narrow(2, widths[0] + widths[1], widths[2])
+        else:
+            future_covariates = values.new_empty(len(first), seq_len + self.pred_len, 0)
         batch = {
-            "past_target": values[:, :seq_len, :num_targets],
-            "past_observed": observed[:, :seq_len, :num_targets],
+            "past_target": past_target,
+            "past_observed": self._observed(missing, slice(0, seq_len), past_target),
             "past_time": self._time_features(first, seq_len),
-            "past_covariates": values[:, :seq_len, num_targets:known],
-            "future_covariates": values[:, :, known:] if ahead else no_covariates,
+            "past_covariates": past_covariates,
+            "future_covariates": future_covariates,
             "static_covariates": torch.from_numpy(self._static[series]),
             "series": torch.from_numpy(series),
             "origin": torch.from_numpy(start + seq_len),
         }
         if self.future:
+            future_target = values.narrow(1, seq_len, self.pred_len).narrow(2, 0, widths[0])
             batch["future_time"] = self._time_features(first + seq_len, self.pred_len)
-            batch["future_target"] = values[:, seq_len:, :num_targets]
-            batch["future_observed"] = observed[:, seq_len:, :num_targets]
+            batch["future_target"] = future_target
+            batch["future_observed"] = self._observed(missing, slice(seq_len, None), future_target)
         else:
             batch["future_time"] = self._times_after(series, start + seq_len)
         return batch
@@ -116,27 +126,35 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         """Timestamps of the last past row of some windows, int64 ns (B,)."""
         return np.asarray(self.table.times[self.table.offsets[series] + origin - 1])
 
-    def _gather(self, first: np.ndarray, rows: int, series: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Scaled values (B, rows, columns) with 0 where missing, and where they are observed."""
-        block = torch.from_numpy(_windows(self.table.values, rows, first))
-        # One long row per window: broadcasting over a short last axis takes twenty times as long.
-        center, scale = (self._in_rows(t, rows, series) for t in (self._center, self._scale))
+    def _gather(self, first: np.ndarray, series: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Scaled values (B, span, columns) with 0 where missing, and where they are missing, None for nowhere."""
+        block = torch.from_numpy(_windows(self.table.values, self._span, first))
+        center, scale = self._center, self._scale
+        if len(center) > 1:
+            index = torch.from_numpy(series)
+            center, scale = center[index].repeat(1, self._span), scale[index].repeat(1, self._span)
         block.view(len(block), -1).sub_(center).mul_(scale)
         if not self.table.has_missing:
-            return block, torch.ones(1, 1, 1, dtype=torch.bool).expand(block.shape)
+            return block, None
         missing = block.isnan()
-        return block.masked_fill_(missing, 0), missing.logical_not_()
+        return block.masked_fill_(missing, 0), missing
 
-    def _in_rows(self, values: Tensor, rows: int, series: np.ndarray) -> Tensor:
-        """(N, columns) as (B or 1, rows x columns), those of each window's series."""
-        if len(values) > 1:
-            return values[torch.from_numpy(series)].repeat(1, rows)
-        return values.expand(rows, -1).reshape(1, -1)
+    def _in_rows(self, values: np.ndarray) -> Tensor:
+        """(series, columns) as float32; for one series (1, span x columns), those of a window in one long row:
+        broadcasting over a short last axis takes twenty times as long."""
+        tensor = torch.from_numpy(values.astype(np.float32))
+        return tensor.repeat(1, self._span) if len(tensor) == 1 else tensor
+
+    def _observed(self, missing: Tensor | None, rows: slice, like: Tensor) -> Tensor:
+        """Where the targets of some rows of the windows are known, bool, of the shape of `like`."""
+        if missing is None:
+            return _TRUE.expand(like.shape)
+        return missing[:, rows, : like.shape[2]].logical_not()
 
     def _time_features(self, first: np.ndarray, rows: int) -> Tensor:
         """Calendar features (B, rows, T) of rows of the table."""
         if self._calendar is None:
-            return torch.zeros(len(first), rows, 0)
+            return self._center.new_empty(len(first), rows, 0)
         features = self.table.time_features
         if features is not None:
             return torch.from_numpy(_windows(features, rows, first))
@@ -150,6 +168,9 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         ends = self.origin_times(series, origin)
         times = [future_times(int(time), self.table.freq, self.pred_len) for time in ends]
         return torch.from_numpy(self._calendar(np.stack(times)))
+
+
+_TRUE = torch.ones(1, 1, 1, dtype=torch.bool)
 
 
 def identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:

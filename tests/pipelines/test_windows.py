@@ -106,6 +106,34 @@ def test_batches_equal_single_windows_in_any_order(table: SeriesTable) -> None:
         windows[-1]
 
 
+def test_a_series_alone_has_the_windows_that_it_has_among_others(
+    table: SeriesTable, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    name = list(LENGTHS)[3]
+    frame[frame["unique_id"] == name].to_csv(tmp_path / "one.csv", index=False)
+    alone = load_table(
+        tmp_path / "one.csv",
+        targets=["y", "y2"],
+        past_covariates=["past"],
+        future_covariates=["known"],
+        static_covariates=["size"],
+        cache_dir=tmp_path,
+    )
+    assert alone.num_series == 1
+    ranges = whole(table) + [[1, 0]]
+    one, every = dataset(alone, ranges=ranges[3:], stride=2), dataset(table, ranges=ranges, stride=2)
+    before = int(np.flatnonzero(every.locate(np.arange(len(every)))[0] == 3)[0])
+    order = np.random.default_rng(0).permutation(len(one))
+    batch, expected = one[order], every[order + before]
+    for key in set(batch) - {"series", "static_covariates"}:
+        torch.testing.assert_close(batch[key], expected[key], rtol=0, atol=0)
+    for index in (-1, len(one)):
+        with pytest.raises(IndexError, match=f"{index}.*of {len(one)}"):
+            one[[0, index]]
+        with pytest.raises(IndexError):
+            every[[0, index if index < 0 else len(every)]]
+
+
 def test_shapes_and_dtypes(table: SeriesTable) -> None:
     batch = dataset(table)[[0, 5, 31]]
     shapes = {
@@ -273,5 +301,12 @@ def test_the_loader_continues_where_it_was_saved(table: SeriesTable) -> None:
         rest = [batch["origin"] for batch in second]
         assert len(rest) == 6 and all(torch.equal(a, b) for a, b in zip(rest, expected[4:], strict=True))
         assert len(list(second)) == 10  # the position is used once
+    with torch.random.fork_rng():
+        drawn = []
+        for workers in (0, 2):
+            torch.manual_seed(3)
+            list(loader(num_workers=workers))
+            drawn.append(torch.rand(()).item())
+    assert drawn[0] == drawn[1]  # what dropout draws does not depend on how batches are made
     second.load_state_dict({"epoch": 2, "taken": 10})
     assert len(list(second)) == 10
