@@ -10,9 +10,8 @@ random tokens that are no key of the row (the public recipe lets them collide, w
 Every mixer sits in the same model (a causal convolution of three taps after the embedding, as in the public hybrids,
 then two blocks of width 64 with a GELU feed-forward; no positions) and sees the same batches for the same number of
 steps on one thread, at each learning rate of --rates, of which the best on validation rows is kept. Test rows are
-others; those of 256 tokens are twice as long as any in training. --alone asks those that have not learned four pairs
-by then, below 0.9, once more: a new model on four pairs in 64 tokens alone, for twice as many steps; "4 pairs alone" is
-its accuracy. Writes benchmarks/results/recall.json and, with matplotlib, docs/pictures/recall.png.
+others; those of 256 tokens are twice as long as any in training. recall_causes.py asks why some learn little. Writes
+benchmarks/results/recall.json and, with matplotlib, docs/pictures/recall.png.
 """
 
 from __future__ import annotations
@@ -143,20 +142,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--alone", action="store_true", help="only the second question to those measured before")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = {k: v for k, v in vars(options).items() if k not in ("mixers", "alone")}
+    settings = {k: v for k, v in vars(options).items() if k != "mixers"}
     settings |= {"vocabulary": VOCAB, "training": [list(pair) for pair in TRAINING]}
     rows = earlier_rows("recall", settings)
     for name in options.mixers or seqzoo.list_mixers(pattern="causal"):
-        mixer, known = {"name": name, **OPTIONS.get(name, {})}, [row for row in rows if row["mixer"] == name]
-        if options.alone:
-            if not known or known[0]["4 pairs in 64"] >= 0.9:
-                continue
-            row = {**known[0], "4 pairs alone": alone(mixer, options)}
-        else:
-            row = measure(mixer, options)
+        row = measure({"name": name, **OPTIONS.get(name, {})}, options)
         rows = sorted([*(r for r in rows if r["mixer"] != name), row], key=lambda r: r["mixer"])
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         write_result("recall", {"settings": settings, "rows": rows})  # each takes minutes
@@ -175,14 +167,7 @@ def measure(mixer: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     for length in (64, 256):
         row[f"state at {length}"] = 2 * layer.state_size(length) if layer.streaming else None
     row |= {f"{pairs} pairs in {length}": accuracy(model, length, pairs, seed=2) for length, pairs in TESTS}
-    return {**row, "4 pairs alone": None, "lr": lr, "CPU seconds": round(time.process_time() - start)}
-
-
-def alone(mixer: dict[str, Any], options: argparse.Namespace) -> float:
-    """Accuracy at four pairs in 64 tokens of a model that learns nothing else."""
-    lr = options.rates[-1]
-    model = train(mixer, options.dim, lr, 2 * options.steps, options.batch, seed=0, tasks=TRAINING[:1])
-    return accuracy(model, *TRAINING[0], seed=2)
+    return {**row, "lr": lr, "CPU seconds": round(time.process_time() - start)}
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
