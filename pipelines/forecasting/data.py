@@ -12,16 +12,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
+from ..loading import IndexSampler, ResumableLoader, identity
 from .calendar import calendar_fields, same_frequency
 from .frequency import parse_frequency
 from .ingest import show_time
-from .loading import WindowLoader, WindowSampler
 from .readers import near, open_source
 from .samples import SAMPLES, sample_path
 from .scaling import SCOPES, StandardScaler
 from .splits import PROTOCOLS, SHORT_SERIES, predict_ranges, split_ranges
 from .tables import GAPS, SeriesTable, load_table
-from .windows import WindowDataset, identity
+from .windows import WindowDataset
 
 ROLES = ("targets", "past_covariates", "future_covariates", "static_covariates")
 
@@ -211,8 +211,8 @@ class ForecastData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         dataset = self.dataset("train")
-        sampler = WindowSampler(len(dataset), self.batch_size, shuffle=True, seed=self.seed, steps=self.steps)
-        return WindowLoader(dataset, sampler=sampler, **self._loader_options())
+        sampler = IndexSampler(len(dataset), self.batch_size, shuffle=True, seed=self.seed, steps=self.steps)
+        return ResumableLoader(dataset, sampler=sampler, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._evaluation("val")
@@ -227,7 +227,7 @@ class ForecastData(L.LightningDataModule):
         dataset = self.dataset(stage)
         if not len(dataset):
             return []
-        return DataLoader(dataset, sampler=WindowSampler(len(dataset), self.eval_batch_size), **self._loader_options())
+        return DataLoader(dataset, sampler=IndexSampler(len(dataset), self.eval_batch_size), **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {

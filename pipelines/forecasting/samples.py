@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..atomic import atomic_path
+from ..cache import cache_root
 from ..errors import UserError
-from .cache import cache_root
 
 SAMPLES = ("weather",)
 

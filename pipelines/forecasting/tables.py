@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..cache import cached_folder
 from ..errors import UserError
-from .cache import cached_folder
 from .calendar import Calendar, calendar_fields
 from .frequency import infer_frequency, parse_frequency
 from .ingest import TIMES, VALUES, Roles, check_gaps, check_order, history_lengths, write_rows

@@ -28,7 +28,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     missing as 0; past_observed (B, L, C) bool; past_time (B, L, T) and future_time (B, H, T) calendar
     features; past_covariates (B, L, P); future_covariates (B, L+H, Q); static_covariates (B, S);
     future_target, future_observed (B, H, C); series (B,) int64; origin (B,) int64, the row within the series
-    of the first future step. Use it with `DataLoader(dataset, sampler=WindowSampler(...), batch_size=None,
+    of the first future step. Use it with `DataLoader(dataset, sampler=IndexSampler(...), batch_size=None,
     collate_fn=identity)` or, with the standard samplers, `DataLoader(dataset, batch_size=...,
     collate_fn=identity)`.
     """
@@ -171,11 +171,6 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 
 _TRUE = torch.ones(1, 1, 1, dtype=torch.bool)
-
-
-def identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The collate function of `WindowDataset`, whose items are batches already."""
-    return batch
 
 
 def _windows(array: np.ndarray, length: int, first: np.ndarray) -> np.ndarray:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from seqzoo.pipelines.forecasting import loading, tables
+from seqzoo.pipelines import loading
+from seqzoo.pipelines.forecasting import tables
 from seqzoo.pipelines.forecasting.calendar import calendar_features
-from seqzoo.pipelines.forecasting.loading import WindowLoader, WindowSampler
 from seqzoo.pipelines.forecasting.scaling import StandardScaler
 from seqzoo.pipelines.forecasting.splits import predict_ranges
 from seqzoo.pipelines.forecasting.tables import SeriesTable, load_table
-from seqzoo.pipelines.forecasting.windows import WindowDataset, identity
+from seqzoo.pipelines.forecasting.windows import WindowDataset
+from seqzoo.pipelines.loading import IndexSampler, ResumableLoader, identity
 
 L, H = 7, 3
 LENGTHS = {"p": 40, "q": 10, "r": 9, "s": 25}  # r is one row too short for a window
@@ -120,7 +121,7 @@ def test_a_series_alone_has_the_windows_that_it_has_among_others(
         cache_dir=tmp_path,
     )
     assert alone.num_series == 1
-    ranges = whole(table) + [[1, 0]]
+    ranges = whole(table) + np.array([[1, 0]])
     one, every = dataset(alone, ranges=ranges[3:], stride=2), dataset(table, ranges=ranges, stride=2)
     before = int(np.flatnonzero(every.locate(np.arange(len(every)))[0] == 3)[0])
     order = np.random.default_rng(0).permutation(len(one))
@@ -218,7 +219,7 @@ def test_evaluation_gives_every_window_once(table: SeriesTable, batch_size: int,
     windows = dataset(table)
     loader = DataLoader(
         windows,
-        sampler=WindowSampler(len(windows), batch_size),
+        sampler=IndexSampler(len(windows), batch_size),
         batch_size=None,
         collate_fn=identity,
         num_workers=workers,
@@ -236,7 +237,7 @@ def test_torch_samplers_work_too(table: SeriesTable) -> None:
     for options in (
         {"batch_size": 5, "shuffle": True},
         {"batch_sampler": BatchSampler(RandomSampler(range(48)), 5, drop_last=False)},
-        {"batch_sampler": WindowSampler(48, 5, shuffle=True)},
+        {"batch_sampler": IndexSampler(48, 5, shuffle=True)},
     ):
         batches = list(DataLoader(windows, collate_fn=identity, **options))
         seen.append(torch.cat([1000 * batch["series"] + batch["origin"] for batch in batches]).sort().values)
@@ -246,7 +247,7 @@ def test_torch_samplers_work_too(table: SeriesTable) -> None:
 
 def test_shuffling_is_a_permutation_that_depends_on_seed_and_epoch() -> None:
     def epoch(number: int, seed: int = 3, **options: int) -> np.ndarray:
-        sampler = WindowSampler(50, 8, shuffle=True, seed=seed, **options)
+        sampler = IndexSampler(50, 8, shuffle=True, seed=seed, **options)
         sampler.set_epoch(number)
         batches = list(sampler)
         assert len(batches) == len(sampler) and all(batch.dtype == np.int64 for batch in batches)
@@ -264,7 +265,7 @@ def test_shuffling_is_a_permutation_that_depends_on_seed_and_epoch() -> None:
 def test_several_processes_share_the_windows(size: int) -> None:
     def of(rank: int, shuffle: bool) -> list[np.ndarray]:
         with mock.patch.object(loading, "_process", return_value=(rank, 3)):
-            sampler = WindowSampler(size, 8, shuffle=shuffle)
+            sampler = IndexSampler(size, 8, shuffle=shuffle)
             batches = list(sampler)
             assert len(batches) == len(sampler)
         return batches
@@ -280,9 +281,9 @@ def test_several_processes_share_the_windows(size: int) -> None:
 def test_the_loader_continues_where_it_was_saved(table: SeriesTable) -> None:
     windows = dataset(table)
 
-    def loader(**options: int) -> WindowLoader:
-        sampler = WindowSampler(len(windows), 5, shuffle=True, seed=1)
-        return WindowLoader(windows, sampler=sampler, batch_size=None, collate_fn=identity, **options)
+    def loader(**options: int) -> ResumableLoader:
+        sampler = IndexSampler(len(windows), 5, shuffle=True, seed=1)
+        return ResumableLoader(windows, sampler=sampler, batch_size=None, collate_fn=identity, **options)
 
     full = loader()
     full.sampler.set_epoch(2)

@@ -1,5 +1,6 @@
-"""Which windows make which batch: shuffled without lists, repeatable, split over processes, resumable
-mid-epoch.
+"""Which items make which batch: shuffled without lists, repeatable, split over processes, resumable mid-epoch.
+
+An item is a number: a window of a table, a row of a text corpus.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 
-class WindowSampler(DistributedSampler[Any]):
-    """Yields the numbers of a batch's windows as an int64 array.
+class IndexSampler(DistributedSampler[Any]):
+    """Yields the numbers of a batch's items as an int64 array.
 
-    shuffle=False (evaluation): every window once in order, the last batch shorter; with several processes,
+    shuffle=False (evaluation): every item once in order, the last batch shorter; with several processes,
     process r takes the batches r, r + world, ...: nothing is dropped and nothing repeated.
 
     shuffle=True (training): an endless stream of permutations, each a function of (seed, its number) alone,
     cut into batches; epoch e takes the batches from e * len on. By default an epoch is one permutation; with
-    `steps` it has that many batches, and every window still comes once before any comes twice. A permutation
-    costs 4 or 8 bytes a window.
+    `steps` it has that many batches, and every item still comes once before any comes twice. A permutation
+    costs 4 or 8 bytes an item.
 
     Lightning recognises the base class and leaves the splitting to this one.
     """
@@ -82,14 +83,14 @@ class WindowSampler(DistributedSampler[Any]):
         return self._order[1]
 
 
-class WindowLoader(DataLoader[Any]):
-    """A DataLoader over a `WindowSampler` that knows its position: training resumes within an epoch."""
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader over an `IndexSampler` that knows its position: training resumes within an epoch."""
 
     _taken = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
-        if not isinstance(sampler, WindowSampler):
+        if not isinstance(sampler, IndexSampler):
             yield from super().__iter__()
             return
         self._taken = sampler.position
@@ -97,7 +98,7 @@ class WindowLoader(DataLoader[Any]):
             self._taken += 1
             yield batch
 
-    def _batches(self, sampler: WindowSampler) -> Iterator[Any]:
+    def _batches(self, sampler: IndexSampler) -> Iterator[Any]:
         if self.num_workers or self.pin_memory or self.batch_size is not None:
             yield from super().__iter__()
             return
@@ -114,9 +115,14 @@ class WindowLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the batches that a saved state had handed out; a finished epoch starts anew."""
         sampler = self.sampler
-        if isinstance(sampler, WindowSampler):
+        if isinstance(sampler, IndexSampler):
             sampler.set_epoch(state["epoch"])
             self._taken = sampler.position = state["taken"] if state["taken"] < len(sampler) else 0
+
+
+def identity(batch: dict[str, Any]) -> dict[str, Any]:
+    """The collate function of datasets whose items are batches already."""
+    return batch
 
 
 def _process() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The folder where tables are kept as plain arrays: which one, and written all or nothing."""
+"""The folder where tables and corpora are kept as plain arrays: which one, and written all or nothing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..atomic import is_full_disk
-from ..errors import UserError
+from .atomic import is_full_disk
+from .errors import UserError
 
 _UNUSED_SECONDS = 7 * 86_400.0
 
@@ -41,9 +41,13 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
 
 
 def cached_folder(
-    path: Path, options: dict[str, Any], cache_dir: str | Path | None, build: Callable[[Path], None]
+    path: Path,
+    options: dict[str, Any],
+    cache_dir: str | Path | None,
+    build: Callable[[Path], None],
+    kind: str = "tables",
 ) -> Path:
-    """The folder that `build` once filled for this file and these options.
+    """The folder that `build` once filled for this file and these options; kind names the shelf it stands on.
 
     The key is the file's path, size and modification time with `options` (plain values). `build` writes into
     a temporary folder that is renamed at the end, so a killed run leaves nothing that another would take for
@@ -53,7 +57,7 @@ def cached_folder(
     state = path.stat()
     name = f"{path.name.split('.')[0][:40]}-{_digest(str(path))[:8]}"
     key = _digest(json.dumps([state.st_size, state.st_mtime_ns, options], sort_keys=True, default=str))[:16]
-    parent = cache_root(cache_dir) / "tables" / name
+    parent = cache_root(cache_dir) / kind / name
     folder = parent / key
     if not folder.is_dir():
         try:
