@@ -18,6 +18,8 @@ _HOME = {
     "SequenceModel": "blocks.sequence_model",
     "create_mixer": "blocks.registry",
     "create_model": "zoo",
+    "generate": "zoo",
+    "generate_tokens": "zoo",
     "list_mixers": "blocks.registry",
     "list_models": "zoo",
     "load_model": "zoo",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from .blocks.registry import register_mixer as register_mixer
     from .blocks.sequence_model import SequenceModel as SequenceModel
     from .zoo import create_model as create_model
+    from .zoo import generate as generate
+    from .zoo import generate_tokens as generate_tokens
     from .zoo import list_models as list_models
     from .zoo import load_model as load_model
     from .zoo import register_model as register_model

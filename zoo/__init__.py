@@ -5,12 +5,16 @@ if not __name__.startswith("seqzoo."):
 
 from ._files import load_model, read_config, save_model
 from ._forecaster import Forecaster
+from ._generate import TokenStep, generate, generate_tokens
 from ._registry import ModelInfo, create_model, list_models, model_info, register_model
 
 __all__ = [
     "Forecaster",
     "ModelInfo",
+    "TokenStep",
     "create_model",
+    "generate",
+    "generate_tokens",
     "list_models",
     "load_model",
     "model_info",
