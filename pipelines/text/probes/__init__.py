@@ -1,0 +1,1 @@
+"""Long-context probes: token tasks to train small models on, text tasks for any language model, their scores."""
