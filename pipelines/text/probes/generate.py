@@ -63,8 +63,7 @@ def draw_probe(
             units = list(itertools.islice(solved.units, EXAMPLE_UNITS))
             before = _render(solved, units, None) + " " + SEPARATOR.join(solved.answers) + END + "\n\n"
             shown = tuple(zip(solved.answers, (count + 1 for count in solved.counts), strict=True))
-        # a depth is given in gaps, whose number is not known yet; then the place only orders needles in one gap
-        made = draft(spec, rng, fresh, essay, None)
+        made = draft(spec, rng, fresh, essay)
         kept = count_tokens(" " + SEPARATOR.join(made.answers) + END) if reserve is None else reserve
         units, prompt = _fit(made, before, depth, length - kept, count_tokens, task, length)
         folded = prompt.casefold()
@@ -134,7 +133,7 @@ def _placed(made: Draft, units: int, depth: float | None) -> list[tuple[int, flo
     """(gap, order within the gap, text) of every needle, evidence first; gaps are 0 ... units, all equally likely."""
     placed = [(int(place * (units + 1)), place, text) for place, text in (*made.evidence, *made.others)]
     if depth is not None:
-        gap = round(depth * units)
+        gap = round(depth * units)  # the place drawn for it now only orders the needles of this gap
         placed[0] = (gap, (gap + made.evidence[0].place) / (units + 1), made.evidence[0].text)
     return placed
 

@@ -203,29 +203,22 @@ class Fresh:
         return value
 
 
-def draft(
-    task: TextTask, rng: np.random.Generator, fresh: Fresh, text: str | None, place: float | None = None
-) -> Draft:
-    """The needles, question and answers of one example. text: of the essay, None for generated sentences.
-
-    place: of the needle that is asked, None for a random one.
-    """
+def draft(task: TextTask, rng: np.random.Generator, fresh: Fresh, text: str | None) -> Draft:
+    """The needles, question and answers of one example. text: of the essay, None for generated sentences."""
     make = {"passkey": _passkey, "needle": _needles, "variables": _variables}[task.form]
-    return make(task, rng, fresh, _units(task, rng, fresh, text), rng.random() if place is None else place)
+    return make(task, rng, fresh, _units(task, rng, fresh, text))
 
 
-def _passkey(task: TextTask, rng: np.random.Generator, fresh: Fresh, units: Iterator[str], place: float) -> Draft:
+def _passkey(task: TextTask, rng: np.random.Generator, fresh: Fresh, units: Iterator[str]) -> Draft:
     form, value = FORMATS["passkey"], fresh.number(5)
-    evidence = [Needle(place, form.needle.format(value=value))]
+    evidence = [Needle(rng.random(), form.needle.format(value=value))]
     return Draft(form.intro, evidence, [], f"{form.question} {form.answer_prefix}", (value,), (1,), units)
 
 
-def _needles(task: TextTask, rng: np.random.Generator, fresh: Fresh, units: Iterator[str], place: float) -> Draft:
+def _needles(task: TextTask, rng: np.random.Generator, fresh: Fresh, units: Iterator[str]) -> Draft:
     keys = [_key(task, fresh) for _ in range(task.num_keys)]
     values = [[_value(task, fresh) for _ in range(task.num_values)] for _ in keys]
     places = np.sort(rng.random((task.num_keys, task.num_values)), axis=1)  # the values of a key in text order
-    if task.one_needle:
-        places[0, 0] = place
     sentences = [
         [Needle(p, _sentence(task, key, value)) for p, value in zip(row, column, strict=True)]
         for key, row, column in zip(keys, places, values, strict=True)
@@ -238,7 +231,7 @@ def _needles(task: TextTask, rng: np.random.Generator, fresh: Fresh, units: Iter
     return Draft(form.intro.format(kind=task.values), evidence, others, question, answers, (1,) * len(answers), units)
 
 
-def _variables(task: TextTask, rng: np.random.Generator, fresh: Fresh, units: Iterator[str], place: float) -> Draft:
+def _variables(task: TextTask, rng: np.random.Generator, fresh: Fresh, units: Iterator[str]) -> Draft:
     form, chains, names = FORMATS["variables"], [], []
     for _ in range(task.num_chains):
         chain = [fresh.name() for _ in range(task.num_hops + 1)]
