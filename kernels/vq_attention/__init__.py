@@ -19,10 +19,10 @@ register_backend(
     OP,
     "triton",
     lazily(".fused", "fused_vq_attention", __name__),
-    note="window and cells in one pass, forwards only",
+    note="window and cells in one pass",
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     devices=("cuda",),
-    features=("lengths", "window"),
+    features=FEATURES,
     limits={"key": 256, "value": 256},
     interpretable=True,
     probe=unusable,
@@ -61,7 +61,7 @@ def vq_attention(
     bias: (H, 2 C) for distances 0 .. 2 C - 1 if causal, else (H, 4 C - 1) for 1 - 2 C .. 2 C - 1.
     lengths: int64 (B,), keys of each right-padded row; o beyond them is arbitrary, and zero in a row without any.
     initial_state: `empty_state`, or as an earlier call returned it; causal with a window only.
-    backend: "auto", "triton" (no state, no gradients), "chunked" or "naive" (dense scores, the oracle).
+    backend: "auto", "triton", "chunked" or "naive" (dense scores, the oracle).
     Scores, counts and means are float32 (float64 for float64 inputs), under autocast too. Returns o (B, L, H, V)
     and, with return_state, the state after each row's last token, else None.
     Raises ValueError for shapes, dtypes or a backend that cannot serve.

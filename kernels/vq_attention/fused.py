@@ -1,10 +1,7 @@
-"""VQ attention in Triton, forwards: the window and the cells in one online softmax, scores on the chip.
+"""VQ attention in Triton: the operators, their gradients, and the state around them.
 
-Blocks come in groups of G. A group has one table of cells: of what is far from all of its blocks. Between that and the
-window lie at most G blocks (on either side), whose keys are read one by one, as their codewords. So a table is kept
-for G blocks instead of one for each, and a query reads about M + G C keys. README.md has the definition.
-
-B batch, L queries, S keys, H heads, K key width, V value width, M codes, C block length, N blocks.
+The kernels are in fused_forward.py and fused_backward.py, what they are given in fused_launch.py. Tables of cells are
+summed again in the backward pass: only o and one number per query are kept.
 """
 
 from __future__ import annotations
@@ -12,216 +9,58 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .state import VQState
-
-LOG2_E = 1.4426950408889634
-_FACTORS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def cell_kernel(
-    v_ptr, code_ptr, lengths_ptr, number_ptr, total_ptr,
-    source, heads, codes, segments, first, size, v_b, v_l, v_h,
-    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-    LENGTHS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Tokens of BM cells and the sums of their values, number (B, H, P, M) and total (B, H, P, M, V), for one of P
-    segments: segment p has the tokens first + p size .. first + (p + 1) size - 1. A product with the indicator of the
-    codes: no atomic addition."""
-    cell = tl.program_id(0) * BM + tl.arange(0, BM)
-    segment = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    b, h = row // heads, row % heads
-    dv = tl.arange(0, BV)
-    end = tl.minimum(source, first + (segment + 1) * size)
-    if LENGTHS:
-        end = tl.minimum(end, tl.load(lengths_ptr + b).to(tl.int32))
-    number, total = tl.zeros([BM], tl.float32), tl.zeros([BM, BV], tl.float32)
-    for start in range(tl.maximum(first + segment * size, 0), end, BN):
-        token = start + tl.arange(0, BN)
-        there = token < end
-        code = tl.load(code_ptr + (b * source + token) * heads + h, mask=there, other=-1)
-        v = tl.load(
-            v_ptr + b * v_b + h * v_h + token.to(tl.int64)[:, None] * v_l + dv[None, :],
-            mask=there[:, None] & (dv < V)[None, :],
-            other=0.0,
-        )
-        own = (cell[:, None] == code[None, :]) & there[None, :]
-        number += tl.sum(own.to(tl.float32), 1)
-        total = tl.dot(own.to(FACTOR), v.to(FACTOR), total, input_precision=PRECISION)
-    to = (row * segments + segment) * codes + cell
-    tl.store(number_ptr + to, number, mask=cell < codes)
-    tl.store(total_ptr + to[:, None] * V + dv[None, :], total, mask=(cell < codes)[:, None] & (dv < V)[None, :])
+from .fused_launch import (
+    FACTORS,
+    SEGMENT,
+    Call,
+    attend,
+    bias_gradient,
+    cells,
+    key_gradients,
+    plan_blocks,
+    readable,
+    table_gradients,
+    tables,
+)
+from .state import VQState, advance, extend
 
 
-@triton.jit
-def _absorb(top, total, acc, s, v, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """The online softmax after the scores s (BM, BN), in powers of two, of values v (BN, BV)."""
-    high = tl.maximum(top, tl.max(s, 1))
-    shift = tl.where(high == float("-inf"), 0.0, high)
-    p = tl.exp2(s - shift[:, None])
-    keep = tl.exp2(top - shift)
-    acc = tl.dot(p.to(FACTOR), v.to(FACTOR), acc * keep[:, None], input_precision=PRECISION)
-    return high, total * keep + tl.sum(p, 1), acc
+def _call(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    code: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    places: Tensor,
+    number: Tensor | None,
+    chunk: int | None,
+    causal: bool,
+    scale: float,
+) -> Call:
+    q = readable(q)
+    plan = plan_blocks(q.shape[1], codebook.shape[1], chunk, number is not None)
+    return Call(
+        q,
+        q if k is None else readable(k),
+        readable(v),
+        code.contiguous(),
+        codebook.contiguous(),
+        None if bias is None else bias.contiguous(),
+        places.contiguous(),
+        plan,
+        causal,
+        scale,
+    )
 
 
-@triton.jit
-def attend_kernel(
-    q_ptr, k_ptr, v_ptr, code_ptr, book_ptr, bias_ptr, lengths_ptr, number_ptr, mean_ptr, o_ptr,
-    tiles, per_block, length, source, heads, codes, groups, group, chunk, entries, scale,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    WINDOW: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, LENGTHS: tl.constexpr, LOG2_E: tl.constexpr,
-    FACTOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """o (B, L, H, V) of BM queries of one block and head. `group` blocks share a table of cells (B, H, groups, M)."""
-    pid = tl.program_id(0)
-    tile, row = pid % tiles, (pid // tiles).to(tl.int64)
-    b, h = row // heads, row % heads
-    block = tile // per_block
-    inside = tile % per_block * BM + tl.arange(0, BM)
-    i = block * chunk + inside
-    real = (inside < chunk) & (i < length)
-    d, dv, n = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BN)
-    q = tl.load(
-        q_ptr + b * q_b + h * q_h + i.to(tl.int64)[:, None] * q_l + d[None, :],
-        mask=real[:, None] & (d < K)[None, :],
-        other=0.0,
-    ).to(FACTOR)
-    top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BV], tl.float32)
-    book = book_ptr + h * codes * K
-    held = block // group
-    if WINDOW:
-        end = source
-        if LENGTHS:
-            end = tl.minimum(source, tl.load(lengths_ptr + b).to(tl.int32))
-        v_base, k_base = v_ptr + b * v_b + h * v_h, k_ptr + b * k_b + h * k_h
-        low = tl.maximum((held * group - 1) * chunk, 0)  # the table has what lies before ..
-        near, past = tl.maximum((block - 1) * chunk, 0), (block + 2) * chunk
-        high = ((held + 1) * group + 1) * chunk  # .. and, where the future is seen, what lies from here on
-        if CAUSAL:
-            past = tl.minimum((block + 1) * chunk, block * chunk + (tile % per_block + 1) * BM)
-            high = past
-        past, high = tl.minimum(past, end), tl.minimum(high, end)
-        # Keys that are far, yet not in the table, before the window and behind it: as codewords.
-        before = tl.cdiv(tl.maximum(tl.minimum(near, end) - low, 0), BN)
-        behind = tl.cdiv(tl.maximum(high - past, 0), BN)
-        for step in range(before + behind):
-            start = tl.where(step < before, low + step * BN, past + (step - before) * BN)
-            j = start + n
-            there = j < tl.where(step < before, tl.minimum(near, end), high)
-            code = tl.load(code_ptr + (b * source + j) * heads + h, mask=there, other=0)
-            c = tl.load(book + code[None, :] * K + d[:, None], mask=there[None, :] & (d < K)[:, None], other=0.0)
-            s = tl.dot(q, c.to(FACTOR), input_precision=PRECISION) * (scale * LOG2_E)
-            v = tl.load(
-                v_base + j.to(tl.int64)[:, None] * v_l + dv[None, :],
-                mask=there[:, None] & (dv < V)[None, :],
-                other=0.0,
-            )
-            s = tl.where(there[None, :], s, float("-inf"))
-            top, total, acc = _absorb(top, total, acc, s, v, FACTOR, PRECISION)
-        for start in range(near, past, BN):
-            j = start + n
-            there = j < past
-            k = tl.load(
-                k_base + j.to(tl.int64)[None, :] * k_l + d[:, None],
-                mask=there[None, :] & (d < K)[:, None],
-                other=0.0,
-            )
-            s = tl.dot(q, k.to(FACTOR), input_precision=PRECISION) * (scale * LOG2_E)
-            visible = tl.broadcast_to(there[None, :], [BM, BN])
-            distance = i[:, None] - j[None, :]
-            if CAUSAL:
-                visible &= distance >= 0
-            if BIAS:
-                entry = distance
-                if not CAUSAL:
-                    entry += 2 * chunk - 1
-                s += tl.load(bias_ptr + h * entries + entry, mask=visible & real[:, None], other=0.0) * LOG2_E
-            v = tl.load(
-                v_base + j.to(tl.int64)[:, None] * v_l + dv[None, :],
-                mask=there[:, None] & (dv < V)[None, :],
-                other=0.0,
-            )
-            s = tl.where(visible, s, float("-inf"))
-            top, total, acc = _absorb(top, total, acc, s, v, FACTOR, PRECISION)
-    table = (row * groups + held) * codes
-    seen = codes
-    if CAUSAL:
-        seen = tl.where(held > 0, codes, 0)
-    for start in range(0, seen, BN):
-        cell = start + n
-        number = tl.load(number_ptr + table + cell, mask=cell < codes, other=0.0)
-        there = number > 0
-        c = tl.load(book + cell[None, :] * K + d[:, None], mask=there[None, :] & (d < K)[:, None], other=0.0)
-        mean = tl.load(
-            mean_ptr + (table + cell)[:, None] * V + dv[None, :], mask=there[:, None] & (dv < V)[None, :], other=0.0
-        )
-        s = tl.dot(q, c.to(FACTOR), input_precision=PRECISION) * (scale * LOG2_E)
-        s += tl.log2(tl.where(there, number, 1.0))[None, :]
-        s = tl.where(there[None, :], s, float("-inf"))
-        top, total, acc = _absorb(top, total, acc, s, mean, FACTOR, PRECISION)
-    out = ((b * length + i) * heads + h)[:, None] * V + dv[None, :]
-    o = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(o_ptr + out, o.to(o_ptr.dtype.element_ty), mask=real[:, None] & (dv < V)[None, :])
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _products(dtype: torch.dtype) -> dict[str, Any]:
-    """How products of this dtype are taken. Triton's interpreter multiplies bfloat16 as if it were integers."""
-    widened = dtype == torch.bfloat16 and not isinstance(attend_kernel, triton.JITFunction)
-    return {
-        "FACTOR": tl.float32 if widened else _FACTORS[dtype],
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-    }
-
-
-def _cells(
-    v: Tensor, code: Tensor, lengths: Tensor | None, codes: int, first: int, size: int, segments: int
-) -> tuple[Tensor, Tensor]:
-    """What `cell_kernel` returns."""
-    batch, source, heads, value = v.shape
-    number = torch.empty(batch, heads, segments, codes, dtype=torch.float32, device=v.device)
-    total = number.new_empty(*number.shape, value)
-    small = v.dtype == torch.float32 or _padded(value) > 128
-    cells = min(32 if small else 64, _padded(codes))
-    cell_kernel[(-(-codes // cells), segments, batch * heads)](
-        v, code, code if lengths is None else lengths, number, total, source, heads, codes, segments, first, size,
-        *v.stride()[:3], V=value, BM=cells, BN=32 if small else 64, BV=_padded(value), LENGTHS=lengths is not None,
-        num_warps=4, **_products(v.dtype),
-    )  # fmt: skip
-    return number, total
-
-
-def _tables(
-    v: Tensor, code: Tensor, lengths: Tensor | None, codes: int, chunk: int | None, causal: bool, group: int
-) -> tuple[Tensor, Tensor]:
-    """Tokens in the cells of each group, and the means of their values."""
-    source = v.shape[1]
-    if chunk is None:
-        parts = _cells(v, code, lengths, codes, 0, 1024, max(1, -(-source // 1024)))
-        number, total = (t.sum(2, keepdim=True) for t in parts)
-    else:
-        size = group * chunk
-        groups = -(-source // size)
-        # Group g: blocks below g G - 1, and, where the future is seen, blocks above (g + 1) G.
-        parts = _cells(v, code, lengths, codes, -chunk, size, groups)
-        shifted = (torch.cat((torch.zeros_like(t[:, :, :1]), t[:, :, :-1]), 2) for t in parts)
-        number, total = (t.cumsum(2) for t in shifted)
-        if not causal:
-            parts = _cells(v, code, lengths, codes, chunk, size, groups)
-            behind = (t.flip(2).cumsum(2).flip(2) for t in parts)
-            rest = [torch.cat((t[:, :, 1:], torch.zeros_like(t[:, :, :1])), 2) for t in behind]
-            number, total = number + rest[0], total + rest[1]
-    return number, (total / number.clamp(min=1).unsqueeze(4)).to(v.dtype)
+def _tables(call: Call, number: Tensor | None, mean: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if not call.plan.tables:
+        return None, None
+    state = None if number is None or mean is None else (number, mean)
+    return tables(call.v, call.code, call.places, call.codebook.shape[1], call.plan, call.causal, state)
 
 
 @torch.library.custom_op("seqzoo::vq_attention_triton", mutates_args=())
@@ -232,44 +71,135 @@ def _forward(
     code: Tensor,
     codebook: Tensor,
     bias: Tensor | None,
-    lengths: Tensor | None,
+    places: Tensor,
+    number: Tensor | None,
+    mean: Tensor | None,
     chunk: int | None,
     causal: bool,
     scale: float,
-) -> Tensor:
-    """o (B, L, H, V). k, v and codebook in the dtype of q, bias in float32."""
-    q, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, v))
-    k = q if k is None else k if k.stride(3) == 1 else k.contiguous()
-    code, codebook = code.contiguous(), codebook.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    batch, length, heads, width = q.shape
-    codes, value = codebook.shape[1], v.shape[3]
-    wide, small = max(_padded(width), _padded(value)), q.dtype == torch.float32
-    most = 64 if wide <= 64 else 32 if wide <= 128 else 16
-    rows = most if small else 2 * most
-    size = length if chunk is None else min(chunk, length)
-    rows = min(rows, _padded(size))
-    # As many keys to read one by one as there are cells, about.
-    group = max(1, codes // size)
-    blocks, per_block = -(-length // size), -(-size // rows)
+) -> tuple[Tensor, Tensor]:
+    """o (B, L, H, V) and, in float32, the logarithm (to 2) of what each softmax divides by, (B, L, H).
+
+    k, v (B, S, ...) and codebook in the dtype of q, bias in float32. places: int64 (B, 3), of each row what
+    fused_forward.py's `place` reads. number (B, H, M) and mean (B, H, M, V), float32: cells of what lies before k and
+    v, which then begin with the last 2 C - 1 tokens; contiguous.
+    """
+    call = _call(q, k, v, code, codebook, bias, places, number, chunk, causal, scale)
+    o = torch.empty(*q.shape[:3], v.shape[3], dtype=v.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        number, mean = _tables(v, code, lengths, codes, None if chunk is None else size, causal, group)
-        o = torch.empty(batch, length, heads, value, dtype=v.dtype, device=q.device)
-        attend_kernel[(blocks * per_block * batch * heads,)](
-            q, k, v, code, codebook, q if bias is None else bias, code if lengths is None else lengths, number, mean, o,
-            blocks * per_block, per_block, length, v.shape[1], heads, codes, number.shape[2], group, size,
-            0 if bias is None else bias.shape[1], scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            K=width, V=value, BM=rows, BN=16 if small and wide > 64 else 32 if small or wide > 128 else 64,
-            BK=_padded(width), BV=_padded(value), WINDOW=chunk is not None, CAUSAL=causal, BIAS=bias is not None,
-            LENGTHS=lengths is not None, LOG2_E=LOG2_E, num_warps=8 if wide > 64 else 4, num_stages=2,
-            **_products(q.dtype),
-        )  # fmt: skip
-    return o
+        counts, means = _tables(call, number, mean)
+        attend(call, counts, means, o, lse)
+    return o, lse
 
 
 @_forward.register_fake
-def _(q, k, v, code, codebook, bias, lengths, chunk, causal, scale):
-    return v.new_empty(*q.shape[:3], v.shape[3])
+def _(q, k, v, code, codebook, bias, places, number, mean, chunk, causal, scale):
+    return v.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("seqzoo::vq_attention_triton_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    code: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    places: Tensor,
+    number: Tensor | None,
+    mean: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    chunk: int | None,
+    causal: bool,
+    scale: float,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, bias, number and mean; empty for those that are not there (bias: unless `with_bias`)."""
+    call = _call(q, k, v, code, codebook, bias, places, number, chunk, causal, scale)
+    do = do.contiguous()
+    new = torch.zeros_like if number is not None else torch.empty_like  # of a state, the oldest slots are in no block
+    dv = new(v, memory_format=torch.contiguous_format)
+    dk = v.new_empty(0) if k is None else new(k, memory_format=torch.contiguous_format)
+    dbias, dnumber, dmean = (lse.new_empty(0) for _ in range(3))
+    with torch.cuda.device_of(q):
+        counts, means = _tables(call, number, mean)
+        dq, delta = attend(call, counts, means, o, lse, do)
+        dtotal = rest = None
+        if counts is not None:
+            dtotal, rest = table_gradients(call, counts, do, lse, delta)
+        dstart = key_gradients(call, dtotal, do, lse, delta, dk, dv)
+        if with_bias:
+            dbias = bias_gradient(call, do, lse, delta)
+        if number is not None and mean is not None and dstart is not None and rest is not None:
+            # The sums began with number x mean.
+            dmean = number.unsqueeze(3) * dstart
+            dnumber = rest.sum(2) + (mean * dstart).sum(3)
+    return dq, dk, dv, dbias, dnumber, dmean
+
+
+@_backward.register_fake
+def _(do, q, k, v, code, codebook, bias, places, number, mean, o, lse, chunk, causal, scale, with_bias):
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(0) if k is None else k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        lse.new_empty(bias.shape if with_bias else 0),
+        lse.new_empty(0) if number is None else number.new_empty(number.shape),
+        lse.new_empty(0) if mean is None else mean.new_empty(mean.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.options = inputs[9:]
+
+
+def _gradient(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    with_bias = ctx.needs_input_grad[5]
+    dq, dk, dv, dbias, dnumber, dmean = _backward(do, *ctx.saved_tensors, *ctx.options, with_bias)
+    _, k, *_, number, _, _, _ = ctx.saved_tensors
+    keys, counts, means = None if k is None else dk, None if number is None else dnumber, dmean
+    if number is None:
+        means = None
+    return dq, keys, dv, None, None, dbias if with_bias else None, None, counts, means, None, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+@torch.library.custom_op("seqzoo::vq_cells_triton", mutates_args=())
+def _cells(v: Tensor, code: Tensor, places: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """Tokens in each cell (B, H, M) and the sums of their values (B, H, M, V), float32, of slots first .. end - 1."""
+    with torch.cuda.device_of(v):
+        segments = max(1, -(-v.shape[1] // SEGMENT))
+        number, total = cells(readable(v), code.contiguous(), places.contiguous(), codes, 0, SEGMENT, segments)
+        return number.sum(2), total.sum(2)
+
+
+@_cells.register_fake
+def _(v, code, places, codes):
+    number = v.new_empty(v.shape[0], v.shape[2], codes, dtype=torch.float32)
+    return number, number.new_empty(*number.shape, v.shape[3])
+
+
+def _setup_cells(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    v, code, places, _ = inputs
+    ctx.save_for_backward(code, places)
+    ctx.dtype = v.dtype
+
+
+def _cells_gradient(ctx: Any, dnumber: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+    code, places = ctx.saved_tensors
+    slot = torch.arange(code.shape[1], device=code.device)
+    there = (slot >= places[:, 1:2]) & (slot < places[:, 2:])
+    dv = dtotal.transpose(1, 2).gather(1, code.unsqueeze(3).expand(-1, -1, -1, dtotal.shape[3]))
+    return dv.masked_fill(~there[..., None, None], 0).to(ctx.dtype), None, None, None
+
+
+_cells.register_autograd(_cells_gradient, setup_context=_setup_cells)
 
 
 def fused_vq_attention(
@@ -286,12 +216,34 @@ def fused_vq_attention(
     scale: float,
     state: VQState | None,
     return_state: bool,
-) -> tuple[Tensor, None]:
-    """`naive_vq_attention` without a state and without gradients, in time L (M + W)."""
-    keys, values, book = (None if t is None else t.to(q.dtype) for t in (k, v, codebook))
+) -> tuple[Tensor, VQState | None]:
+    """`naive_vq_attention` in time L (M + W), in Triton."""
+    book = codebook.detach().to(q.dtype)
     table = None if bias is None else bias.float()
-    if table is not None and chunk is not None and chunk > q.shape[1]:
-        # Blocks end with the row; the table's middle stays where it is.
-        size = q.shape[1]
-        table = table[:, : 2 * size] if causal else table[:, 2 * (chunk - size) : 2 * (chunk + size) - 1]
-    return _forward(q, keys, values, code, book, table, lengths, chunk, causal, scale).to(v.dtype), None
+    new = torch.full_like(code[:, 0, 0], v.shape[1]) if lengths is None else lengths
+    if state is None or k is None or chunk is None:
+        if table is not None and chunk is not None and chunk > q.shape[1]:
+            # Blocks end with the row; the table's middle stays where it is.
+            size = q.shape[1]
+            table = table[:, : 2 * size] if causal else table[:, 2 * (chunk - size) : 2 * (chunk + size) - 1]
+        none = torch.zeros_like(new)
+        places = torch.stack((none, none, new), 1)
+        keys, values = None if k is None or chunk is None else k.to(q.dtype), v.to(q.dtype)
+        o, _ = _forward(q, keys, values, code, book, table, places, None, None, chunk, causal, scale)
+        return o.to(v.dtype), None
+    joined = extend(state, k, v, code)
+    phase = state.length % chunk
+    first = torch.where(state.length < chunk, chunk, 0)
+    places = torch.stack((chunk - 1 - phase, first, chunk + phase + new), 1)
+    cell = state.number.float().contiguous(), state.mean.float().contiguous()
+    keys, values = (t.to(q.dtype) for t in joined[:2])
+    o, _ = _forward(q, keys, values, joined[2], book, table, places, *cell, chunk, True, scale)
+    if not return_state:
+        return o.to(v.dtype), None
+    # Slots of the joined window whose tokens lie in no block that the next window has.
+    before, after = ((n.div(chunk, rounding_mode="floor") - 1) * chunk for n in (state.length, state.length + new))
+    origin = state.k.shape[1] - state.length
+    old = torch.stack((torch.zeros_like(new), before.clamp(min=0) + origin, after + origin), 1)
+    gone = joined[1] if joined[1].dtype in FACTORS else joined[1].float()
+    count, total = _cells(gone, joined[2], old, book.shape[1])
+    return o.to(v.dtype), advance(state, joined, new, count, total)
