@@ -25,8 +25,8 @@ _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
 
 @dataclass(frozen=True)
 class Library:
-    """What the documents are made of. length: most bytes of a document; the fewest are about half of it. start: no rare
-    word begins before. mentions: rare words of a document; shared: those that a citing pair has in common."""
+    """What the documents are made of. length: most bytes of a document; the fewest are about half of it. start: rare
+    words begin behind it. mentions: rare words of a document; shared: those that a citing pair has in common."""
 
     length: int = 4000
     start: int = 1000
@@ -50,7 +50,7 @@ class Library:
         room = self.length // 2 - self.start
         if self.start < 0 or room < 40 * self.mentions:
             raise UserError(
-                f"start={self.start} leaves {max(room, 0)} bytes of the shortest documents (half of length={self.length})"
+                f"start={self.start} leaves {max(room, 0)} bytes of the shortest texts (half of length={self.length})"
                 f" for {self.mentions} rare words; leave {40 * self.mentions}"
             )
 
@@ -125,7 +125,7 @@ def _document(
     # the texts end at `length` with the rare words in it, and the last of them stands whole
     room = length - len(mentions) * 9
     kept = int(np.searchsorted(ends, room, side="right"))
-    begin = int(np.searchsorted(ends, library.start)) + 1
+    begin = int(np.searchsorted(ends, library.start, side="right")) + 1
     places = np.sort(random.choice(np.arange(begin, kept), size=len(mentions), replace=False))[::-1]
     text = common[:kept]
     for place, mention in zip(places.tolist(), random.permutation(mentions).tolist(), strict=True):

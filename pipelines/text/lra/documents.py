@@ -21,7 +21,9 @@ from .split import Split, cached_splits, pad
 PROTOCOLS = {"release": 1000, "4k": 4096}
 TEXT_ADVICE = "unpack aclImdb_v1.tar.gz from https://ai.stanford.edu/~amaas/data/sentiment/ there"
 RETRIEVAL_LENGTH = 4000  # bytes of each document of a pair
-RETRIEVAL_ADVICE = "unpack lra_release.gz of https://github.com/google-research/long-range-arena there, or take the pairs that are generated"
+RETRIEVAL_ADVICE = (
+    "unpack lra_release.gz of https://github.com/google-research/long-range-arena there, or use citation_splits"
+)
 RETRIEVAL_FILES = {"train": "train", "val": "eval", "test": "test"}  # new_aan_pairs.eval.tsv is for validation
 CLASSES = ("neg", "pos")
 _COLUMNS = 5  # label, number of the first paper and of the second, their texts

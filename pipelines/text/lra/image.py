@@ -125,16 +125,24 @@ def _text(value: Any) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise _Refused(f"the codec {encoding!r:.40}")
+    return text.encode(encoding)
+
+
 class _Refused(pickle.UnpicklingError):
     pass
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows the three names that a pickled array needs, in either module path that NumPy has had, and no other."""
+    """Knows the names that a pickled array needs, in either module path that NumPy has had, and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return np.empty(0).__reduce__()[0]
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return _latin1
         raise _Refused(f"{module}.{name}")
