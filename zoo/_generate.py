@@ -181,13 +181,13 @@ def _stream(
     chunk: int,
 ) -> Iterator[TokenStep]:
     batch, device = len(prompts), _device(model)
-    seen: Tensor | None = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(batch, model.vocab_size, dtype=torch.bool, device=device)  # type: ignore[arg-type]
-        for i, prompt in enumerate(prompts):
-            seen[i, prompt.to(device)] = True
     with _evaluating(model):
         logits, state = _prefill(model, prompts, state, chunk)
+    seen: Tensor | None = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for i, prompt in enumerate(prompts):
+            seen[i, prompt.to(device)] = True
     while True:
         _check_finite(logits, rows)
         uniform = None if sampling.greedy else torch.stack([row.uniform() for row in rows]).to(device)
@@ -376,7 +376,7 @@ def _room(model: nn.Module, lengths: list[int], max_len: int | None) -> list[int
 def _generators(seed: int | Sequence[int] | None, number: int) -> list[torch.Generator]:
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
+    seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [seed]
     for value in seeds:
         if not _is_integer(value) or not 0 <= value < 2**62:
             raise ValueError(f"seed={value!r} must be an integer from 0 to 2**62 - 1, or a list with one per prompt")

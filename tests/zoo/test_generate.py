@@ -286,11 +286,25 @@ def test_greedy_takes_the_likeliest_after_the_penalty():
     logits, seen = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[False, True, False]])
     assert sampling.Sampling(0.0).choose(logits, None, None).tolist() == [1]
     assert sampling.Sampling(0.0, repetition_penalty=2.0).choose(logits, None, seen).tolist() == [2]
-    # The prompt's tokens count, and each new one: 4 is penalised once it came.
     model = Counter()
     assert generate(model, [3], temperature=0, max_new_tokens=2)[0].tolist() == [4, 5]
     assert generate(model, [3, 5, 4], temperature=0, repetition_penalty=1e9, max_new_tokens=1)[0].tolist() == [0]
-    assert generate(model, [4, 3], temperature=0, repetition_penalty=1e9, max_new_tokens=2)[0].tolist() == [0, 1]
+
+
+def test_the_penalty_counts_prompt_and_answer():
+    """Against a loop over full forwards that penalises the set of tokens so far; without it the row repeats itself."""
+    model, prompt = language_model("gla"), prompts((23,))[0]
+    row = prompt.tolist()
+    for _ in range(9):
+        with torch.no_grad():
+            logits = model(torch.tensor([row])).y[0, -1]
+        for token in set(row):
+            logits[token] = logits[token] * 1.8 if logits[token] < 0 else logits[token] / 1.8
+        row.append(int(logits.argmax()))
+    beside = [prompt[:4], prompt]  # so that a row's tokens are not those of another
+    assert generate(model, beside, temperature=0, repetition_penalty=1.8, max_new_tokens=9)[1].tolist() == row[23:]
+    plain = generate(model, prompt, temperature=0, max_new_tokens=9)[0].tolist()
+    assert len(set(plain)) < len(set(row[23:]))
 
 
 @pytest.mark.parametrize(
