@@ -75,6 +75,18 @@ def test_float32_strides_half_and_autocast():
         assert torch.equal(agent_attention(*(t.float() for t in inputs), backend="tiled"), low)
 
 
+def test_half_precision_is_computed_in_float32():
+    """Bit by bit: what float32 gives for the same numbers, rounded at the end; gradients too."""
+    inputs, results = [t.bfloat16() for t in draw(2, 70, 200)], []
+    weight = torch.randn(2, 70, H, 4).bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        y = agent_attention(*leaves, backend="tiled")
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, weight.to(dtype))])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == torch.bfloat16 and torch.equal(one, other.bfloat16())
+
+
 def test_auto_is_tiled_unless_weights_are_dropped(monkeypatch):
     calls = []
     monkeypatch.setattr(tiled, "_forward", lambda *a, real=tiled._forward: calls.append(1) or real(*a))

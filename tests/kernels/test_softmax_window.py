@@ -97,6 +97,19 @@ def test_half_precision_autocast_and_the_past():
         assert torch.equal(other[:, :cut], got[:, :cut]) and not torch.equal(other[:, cut:], got[:, cut:])
 
 
+def test_gradients_of_many_runs_are_summed_in_float32(small):
+    """Every key is in up to 125 runs, each adding less to a sum that grows: in bfloat16 the later ones would vanish."""
+    q, k, v = (t.detach() for t in draw(500, 500, 1, 1, 6, torch.float32))
+    low = [(t * scale).bfloat16().requires_grad_() for t, scale in ((q, 0.1), (k, 0.1), (v, 1.0))]
+    wide = [t.detach().double().requires_grad_() for t in low]
+    options = {"window": (500, 0)}
+    got, want = softmax_attention(*low, **options), softmax_attention(*wide, **options, backend="naive")
+    found = torch.autograd.grad(got, low, torch.ones_like(got))
+    for one, other in zip(found, torch.autograd.grad(want.sum(), wide), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one - other).norm() < 2e-2 * other.norm() + 2e-2  # those of q and k nearly cancel
+
+
 def test_dropout_goes_by_blocks():
     q, k, v = (t.detach() for t in draw(300, 300, 2, 2, 6, torch.float32))
     torch.manual_seed(0)
@@ -108,7 +121,12 @@ def test_dropout_goes_by_blocks():
 def test_operator_is_registered_for_the_compiler():
     inputs = draw(9, 9, 2, 2, 6)
     mask = torch.rand(2, 9) < 0.6
-    torch.library.opcheck(torch.ops.seqzoo.softmax_band.default, (*inputs, mask, 3, 1, 0.5))
+    operator = torch.ops.seqzoo.softmax_band.default
+    torch.library.opcheck(operator, (*inputs, mask, 3, 1, 0.5))
+    y, _ = operator(*inputs, mask, 3, 1, 0.5)
+    weight = torch.randn_like(y)
+    laid_out = (weight, weight.mT.contiguous().mT)  # a cotangent may lie in any way
+    assert_same(*(torch.autograd.grad(y, inputs, w, retain_graph=True) for w in laid_out))
     run = torch.compile(partial(softmax_attention, window=(70, 0)), fullgraph=True, backend="aot_eager")
     long = draw(130, 130, 2, 2, 6)
     assert_same(with_gradients(run(*long), long), with_gradients(softmax_attention(*long, window=(70, 0)), long))

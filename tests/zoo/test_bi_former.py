@@ -55,6 +55,34 @@ def test_full_attention_by_its_formula():
     torch.testing.assert_close(attention(x, (3, 4)), attention.out_proj(mixed + local), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("place", [(0, 5), (1, 2)], ids=["routed", "full"])
+def test_a_block_is_three_residual_branches(place):
+    """On a grid that is higher than wide."""
+    torch.manual_seed(0)
+    block = create_model("bi_former_tiny", **SMALL).double().eval().stages[place[0]][place[1]]
+    x = torch.randn(2, SMALL["dims"][place[0]], 9, 6, dtype=torch.float64)
+    tokens = (x + block.position(x)).flatten(2).mT
+    mixed = block.mixer(block.norm_mixer(tokens), grid=(9, 6))
+    tokens = tokens + (mixed if isinstance(mixed, torch.Tensor) else mixed.y)
+    tokens = tokens + block.ffn(block.norm_ffn(tokens))
+    torch.testing.assert_close(block(x), tokens.mT.unflatten(2, (9, 6)), atol=1e-12, rtol=1e-12)
+
+
+def test_the_features_are_a_mean_of_what_the_last_norm_gives():
+    torch.manual_seed(0)
+    model = create_model("bi_former_tiny", **SMALL).double().eval()
+    torch.nn.init.normal_(model.norm.weight)
+    images = torch.randn(2, 3, 40, 72, dtype=torch.float64)
+    maps = images
+    for kind, layer in zip(("Conv2d", "BatchNorm2d", "GELU", "Conv2d", "BatchNorm2d"), model.stages[0], strict=False):
+        assert type(layer).__name__ == kind
+        maps = layer(maps)
+    for layer in (*model.stages[0][5:], *model.stages[1]):
+        maps = layer(maps)
+    want = model.head(model.norm(maps).flatten(2).sum(2) / maps[0, 0].numel())
+    torch.testing.assert_close(model(images), want, atol=1e-12, rtol=1e-12)
+
+
 def test_features_and_initial_weights():
     torch.manual_seed(0)
     model = create_model("bi_former_tiny", **{**SMALL, "num_classes": 0, "dims": [64, 128]}).eval()
