@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
+from ..triton_support import lazily, unusable
 from .chunked import s4d_conv_chunked, s4d_kernel_chunked
 from .discretize import discretize, powers
 from .fft import s4d_conv_fft
@@ -17,6 +18,17 @@ from .naive import s4d_conv_naive, s4d_kernel_naive
 
 __all__ = ["INITS", "discretize", "initialize", "powers", "s4d_conv", "s4d_kernel"]
 
+register_backend(
+    "s4d_conv",
+    "triton",
+    lazily(".fused", "fused_s4d_conv", __name__),
+    note="chunks, a program per channel",
+    dtypes=(torch.float32,),  # of the states; u may be narrower
+    devices=("cuda",),
+    limits={"states": 64},
+    interpretable=True,
+    probe=unusable,
+)
 register_backend("s4d_conv", "chunked", s4d_conv_chunked, note="exact, matrix products only")
 register_backend("s4d_conv", "fft", s4d_conv_fft, note="whole kernel and FFT")
 register_backend("s4d_conv", "naive", s4d_conv_naive, note="the formula, quadratic")
@@ -56,7 +68,7 @@ def s4d_conv(
     lengths: Tensor | None = None,
     state: Tensor | None = None,
     output_state: bool = False,
-    backend: Literal["auto", "naive", "chunked", "fft"] = "auto",
+    backend: Literal["auto", "triton", "naive", "chunked", "fft"] = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The diagonal state space x_t = Abar x_{t-1} + Bbar u_t, y_t = 2 Re(C x_t) + D u_t over a sequence.
 
@@ -68,8 +80,8 @@ def s4d_conv(
     state: real (B, D, N, 2), before the first token. output_state: return the state after the last real token
     too. Returns y (B, L, D) in u's dtype and the state, in fp32 or fp64, or None.
 
-    Computed in fp32 (fp64 for fp64 inputs) under autocast as well. "chunked" and "naive" are exactly causal;
-    "fft" up to its rounding. Raises ValueError for shapes that do not go together.
+    Computed in fp32 (fp64 for fp64 inputs) under autocast as well. "triton", "chunked" and "naive" are exactly
+    causal; "fft" up to its rounding. Raises ValueError for shapes that do not go together.
     """
     batch, length, dim = u.shape
     for name, value in (("log_a", log_a), ("b", b), ("c", c), ("c_reverse", c_reverse)):
@@ -84,18 +96,19 @@ def s4d_conv(
     if c_reverse is not None and (state is not None or output_state):
         raise ValueError("c_reverse looks ahead: the bidirectional form carries no state")
     dtype = torch.promote_types(torch.promote_types(u.dtype, _real(log_a.dtype)), torch.float32)
-    run = choose_backend("s4d_conv", backend, dtype=dtype, device=u.device).run
+    sizes = {"states": log_a.shape[1]}
+    choice = choose_backend("s4d_conv", backend, dtype=dtype, device=u.device, sizes=sizes)
     if state is not None:
         state = state.to(dtype)
     if length == 0:
         return u, state if output_state else None
-    work = u.to(dtype)
+    work = u if choice.name == "triton" else u.to(dtype)  # that one reads u as it is
     if lengths is not None:
         beyond = torch.arange(length, device=u.device) >= lengths.unsqueeze(1)
         work = work.masked_fill(beyond.unsqueeze(2), 0)
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
     with torch.autocast(u.device.type, enabled=False):
-        y, final = run(
+        y, final = choice.run(
             work,
             log_a.to(wide),
             b.to(wide),

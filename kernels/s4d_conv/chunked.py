@@ -7,7 +7,8 @@ through the products as interleaved real pairs (2N).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .discretize import powers
 from .spans import chunk_recurrence
 
 CHUNK = 32
+Recurrence = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Tables(NamedTuple):
@@ -107,12 +109,14 @@ def final_state(u: Tensor, tables: Tables, before: Tensor, lengths: Tensor) -> T
     nothing.
     """
     tokens, _, rest = last_chunk(u, lengths, tables.write.shape[1])
-    added = (tokens @ tables.write).unflatten(2, (-1, 2))  # (D, B, N, 2)
+    added = (tokens.to(tables.write.dtype) @ tables.write).unflatten(2, (-1, 2))  # (D, B, N, 2)
     decay = tables.power.index_select(2, rest).transpose(1, 2)  # (D, B, N)
     return (torch.view_as_real(decay * before) + added).transpose(0, 1)
 
 
-def s4d_conv_chunked(
+def s4d_conv_in_chunks(
+    recurrence: Recurrence,
+    chunk: int,
     u: Tensor,
     log_a: Tensor,
     b: Tensor,
@@ -124,9 +128,8 @@ def s4d_conv_chunked(
     state: Tensor | None,
     output_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`s4d_conv` with checked arguments, u in fp32 or fp64 with zeros beyond `lengths`."""
+    """`s4d_conv` with checked arguments, u with zeros beyond `lengths`, in any dtype that `recurrence` takes."""
     batch, length, _ = u.shape
-    chunk = min(CHUNK, length)
     tables = make_tables(log_a, b, c, chunk)
     power, decay = tables.power[..., :chunk], torch.view_as_real(tables.power[..., chunk])
     kernel = 2 * (power * (b * c).unsqueeze(-1)).real.sum(1)
@@ -139,11 +142,16 @@ def s4d_conv_chunked(
         lengths = torch.full((batch,), length, device=u.device)
     start = None if state is None else state.transpose(0, 1)
     last = (lengths - 1).clamp(min=0) // chunk if output_state and lengths is not None else None
-    y, before = chunk_recurrence(u, toeplitz(kernel, reverse), tables.write, tables.read, decay, start=start, last=last)
+    y, before = recurrence(u, toeplitz(kernel, reverse), tables.write, tables.read, decay, start=start, last=last)
     if c_reverse is not None and length > chunk:
         write = pairs(power * b.unsqueeze(-1)).transpose(1, 2)
         read = readout(power.flip(-1) * c_reverse.unsqueeze(-1))
-        y = y.add_(chunk_recurrence(u, None, write, read, decay, reverse=True)[0])
+        y = y.add_(recurrence(u, None, write, read, decay, reverse=True)[0])
     if lengths is None or last is None:
         return y, None
     return y, final_state(u, tables, torch.view_as_complex(before), lengths)
+
+
+def s4d_conv_chunked(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """`s4d_conv` with checked arguments, u in fp32 or fp64 with zeros beyond `lengths`."""
+    return s4d_conv_in_chunks(chunk_recurrence, min(CHUNK, u.shape[1]), u, log_a, b, c, **options)
