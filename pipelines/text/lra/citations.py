@@ -20,6 +20,7 @@ from .bits import stream
 from .split import Split, cached_splits, check_sizes, cut, pad
 
 NAME = "citations (ours)"
+VERSION = 1  # of what a seed gives
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
 
 
@@ -98,12 +99,12 @@ def citation_splits(
     """Splits of generated pairs, from the cache or made; test and validation come first, as they do for ListOps."""
     check_sizes(train=train, val=val, test=test)
     library = library or Library()
-    options = {"sizes": [train, val, test], "library": asdict(library), "seed": seed}
+    options = {"version": VERSION, "sizes": [train, val, test], "library": asdict(library), "seed": seed}
 
     def make() -> dict[str, Split]:
         return cut(sample(train + val + test, library, seed=seed), train=train, val=val, test=test)
 
-    return cached_splits(Path(__file__), options, cache_dir, make)
+    return cached_splits("citations", options, cache_dir, make)
 
 
 def _document(

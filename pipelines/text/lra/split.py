@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ...cache import cached_folder
+from ...atomic import atomic_write_text
+from ...cache import cache_root, cached_folder
 from ...errors import UserError
 
 SPLITS = ("train", "val", "test")
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """N sequences, or N pairs of them, with their labels.
 
@@ -69,13 +70,18 @@ def pad(rows: Sequence[bytes | np.ndarray], length: int | None = None) -> tuple[
 
 
 def cached_splits(
-    source: Path, options: dict[str, Any], cache_dir: str | Path | None, make: Callable[[], dict[str, Split]]
+    source: Path | str, options: dict[str, Any], cache_dir: str | Path | None, make: Callable[[], dict[str, Split]]
 ) -> dict[str, Split]:
     """What `make` gives, memory-mapped from the cache folder; made only where it does not stand there yet.
 
-    `source` is the file or folder that the splits were made from, a generator's own module for generated ones: the
-    cache is keyed by its state and `options` (plain values).
+    `source` is the file or folder that the splits were made from, or the name of a generator: the cache is keyed by the
+    file's state and `options` (plain values), for a generator with its version.
     """
+    if isinstance(source, str):
+        # An upgrade of the package must not cost hours of generation: the key is a file that stays, not the module.
+        name, source = source, cache_root(cache_dir) / "generated" / source
+        if not source.is_file():
+            atomic_write_text(source, f"splits that were generated for {name}\n")
     folder = cached_folder(
         source, {**options, "format": _FORMAT}, cache_dir, lambda empty: save_splits(make(), empty), kind="lra"
     )
