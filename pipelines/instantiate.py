@@ -241,3 +241,15 @@ def resolve_mixer_target(
             f"or trust its package with --allow {target.__module__.split('.')[0]}"
         )
     return target
+
+
+def mixer_class(model: dict[str, Any], cfg: dict[str, Any]) -> type[Mixer] | None:
+    """The class of a user's own mixer (`mixer._target_`) in a model's options, None when it is one of the registry."""
+    mixer = model.get("mixer")
+    if not isinstance(mixer, dict) or "_target_" not in mixer:
+        return None
+    return resolve_mixer_target(
+        mixer["_target_"],
+        allow=cfg.get("allow", ()),
+        command_line_targets=cfg.get("command_line_targets", ()),
+    )

@@ -94,17 +94,22 @@ class ResumableLoader(DataLoader[Any]):
             yield from super().__iter__()
             return
         self._taken = sampler.position
-        for batch in self._batches(sampler):
+        for batch in self._epoch(sampler):
             self._taken += 1
             yield batch
 
-    def _batches(self, sampler: IndexSampler) -> Iterator[Any]:
+    def _epoch(self, sampler: IndexSampler) -> Iterator[Any]:
+        # The base class draws a seed for its workers when an epoch begins; one that is gone on with has drawn it.
+        begun = sampler.position > 0
         if self.num_workers or self.pin_memory or self.batch_size is not None:
-            yield from super().__iter__()
+            with torch.random.fork_rng(devices=[], enabled=begun):
+                batches = super().__iter__()
+            yield from batches
             return
         # In this process a batch is the dataset's own: what the base class does around it for the profiler takes a
-        # fifth of the time. It draws a seed for its workers; so do we, that what is drawn next depends on no option.
-        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        # fifth of the time. The seed is drawn all the same, so that what is drawn next depends on no option.
+        if not begun:
+            torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         for indices in sampler:
             yield self.collate_fn(self.dataset[indices])
 

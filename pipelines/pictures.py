@@ -294,3 +294,32 @@ def plot_loss_curves(csv_path: str | Path, path: str | Path, *, loss: str = "los
             panel.set_title(title)
         figure.legend(loc="outside right center")
     return Path(path)
+
+
+def plot_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | Path,
+    *,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    log_x: bool = False,
+) -> Path | None:
+    """A few named curves in one panel; the first in the model's colour."""
+    if not _can_draw(title or "the curves"):
+        return None
+    with _figure(path) as figure:
+        figure.set_size_inches(6.4, 3.6)
+        panel = figure.subplots()
+        for i, (name, (x, y)) in enumerate(curves.items()):
+            color = MODEL if i == 0 else OTHERS[(i - 1) % len(OTHERS)]
+            panel.plot(x, y, color=color, label=name, marker=MARKERS[i % len(MARKERS)], markersize=3.5)
+        if log_x:
+            panel.set_xscale("log", base=2)
+        panel.set_xlabel(xlabel)
+        panel.set_ylabel(ylabel)
+        if title:
+            panel.set_title(title)
+        if len(curves) > 1:
+            figure.legend(loc="outside right center")
+    return Path(path)

@@ -15,6 +15,7 @@ from torch import nn
 from ..blocks.parameters import parameter_groups
 from ..blocks.registry import did_you_mean
 from .errors import UserError
+from .loading import ResumableLoader
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULERS = ("none", "cosine", "wsd", "informer")
@@ -83,18 +84,27 @@ class TrainingModule(L.LightningModule):
         self.optimizer_options = dict(optimizer)
         self.scheduler_options = dict(scheduler)
         self._generators: dict[str, Any] | None = None
+        self._position: dict[str, int] | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning keeps no random state; without it a resumed run would draw other dropout masks."""
+        """Lightning keeps no random state; without it a resumed run would draw other dropout masks. It keeps the
+        loader's position, but forgets it when a schedule has asked for the number of steps before it was restored."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, ResumableLoader):
+            checkpoint["data_position"] = loader.state_dict()
         checkpoint["generators"] = {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._generators = checkpoint.get("generators")
+        self._generators, self._position = checkpoint.get("generators"), checkpoint.get("data_position")
 
     def on_train_start(self) -> None:
+        loader = self.trainer.train_dataloader
+        if self._position is not None and isinstance(loader, ResumableLoader):
+            loader.load_state_dict(self._position)
+        self._position = None
         if self._generators is not None:  # not at loading: what is built in between draws numbers too
             torch.set_rng_state(self._generators["cpu"])
             if self._generators["cuda"] and len(self._generators["cuda"]) == torch.cuda.device_count():

@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.scope": ("global", "series"),
     "data.gaps": ("error", "fill"),
     "data.short_series": ("error", "skip"),
+    "task.objective": ("next", "masked"),
     "callbacks.progress": ("auto", "rich", "plain", "none"),
     "callbacks.checkpoint.mode": ("min", "max"),
 }
@@ -29,6 +30,8 @@ _OPEN = {
     "trainer.val_check_interval",
     "logger.tensorboard",
     "name",
+    "task.prompt",
+    "task.test_protocols",
 }
 _POSITIVE = {
     "data.seq_len",
@@ -85,7 +88,12 @@ def validate_names(cfg: Mapping[str, Any]) -> None:
     if isinstance(mixer, Mapping) and "_target_" not in mixer:
         name = _check_name(cfg, "mixer", list_mixers())
         _check_options(mixer, "mixer", name, mixer_info(name).options)
-    for section, valid in _constructors(cfg["task"]["name"]).items():
+    task, wanted = cfg["task"]["name"], model_info(model).task
+    if task != wanted:
+        raise UserError(
+            f"model {model!r} is for the task {wanted!r}, not {task!r}.{nearest('', list_models(task=task))}"
+        )
+    for section, valid in _constructors(task).items():
         for key in cfg.get(section) or ():
             if key not in valid:
                 raise UserError(f"unknown key {section}.{key}.{nearest(key, valid)}")
@@ -97,23 +105,18 @@ def validate_names(cfg: Mapping[str, Any]) -> None:
         value = _get(cfg, dotted)
         if isinstance(value, (int, float)) and not value > 0:
             raise UserError(f"{dotted}={value} must be greater than 0")
-    task, wanted = cfg["task"]["name"], model_info(model).task
-    if task != wanted:
-        raise UserError(
-            f"model {model!r} is for the task {wanted!r}, not {task!r}.{nearest('', list_models(task=task))}"
-        )
 
 
 def _constructors(task: str) -> dict[str, set[str]]:
     """Sections whose keys are the arguments of one class: the Trainer, the task's data."""
     import lightning
 
-    sections = {"trainer": {*inspect.signature(lightning.Trainer.__init__).parameters, "compile"}}
-    if task == "forecasting":
-        from .forecasting.data import ForecastData
+    from .run import task_package
 
-        sections["data"] = set(inspect.signature(ForecastData.__init__).parameters) - {"seed"}
-    return {section: valid - {"self"} for section, valid in sections.items()}
+    return {
+        "trainer": {*inspect.signature(lightning.Trainer.__init__).parameters, "compile"} - {"self"},
+        "data": set(inspect.signature(task_package(task).Data.__init__).parameters) - {"self", "seed"},
+    }
 
 
 def _check_options(node: Mapping[str, Any], group: str, name: str, known: Mapping[str, Any]) -> None:

@@ -6,10 +6,12 @@ if not __name__.startswith("seqzoo."):
 from ._files import load_model, read_config, save_model
 from ._forecaster import Forecaster
 from ._generate import TokenStep, generate, generate_tokens
+from ._language import LanguageModel
 from ._registry import ModelInfo, create_model, list_models, model_info, register_model
 
 __all__ = [
     "Forecaster",
+    "LanguageModel",
     "ModelInfo",
     "TokenStep",
     "create_model",

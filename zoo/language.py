@@ -52,6 +52,7 @@ def _hybrid() -> dict[str, Mixers]:
     return mixers
 
 
+_family("language", "Any mixer (`mixer`)", "arXiv:2302.13971", _by_size("softmax", {}, {}, {}))
 _family(
     "transformer", "Softmax attention with rotary positions", "arXiv:2302.13971", _heads("softmax", position="rope")
 )

@@ -10,7 +10,7 @@ import torch
 
 from ...zoo import save_model
 from ..errors import UserError
-from ..instantiate import resolve_mixer_target
+from ..instantiate import mixer_class
 from ..results import print_table, write_csv, write_metrics
 from .data import ForecastData
 from .module import ForecastModule
@@ -27,6 +27,9 @@ _SHAPE_KEYS = (
 )
 
 
+Data = ForecastData
+
+
 def build_data(cfg: dict[str, Any]) -> ForecastData:
     """The data module of a config."""
     return ForecastData(**cfg["data"], seed=cfg["seed"])
@@ -41,19 +44,7 @@ def build_module(cfg: dict[str, Any], data: ForecastData) -> ForecastModule:
         cfg["optimizer"],
         cfg["scheduler"],
         data.schema(),
-        mixer_class=_mixer_class(model, cfg),
-    )
-
-
-def _mixer_class(model: dict[str, Any], cfg: dict[str, Any]) -> Any:
-    """The class of a user's own mixer (`mixer._target_`), None when the mixer is one of the registry."""
-    mixer = model.get("mixer")
-    if not isinstance(mixer, dict) or "_target_" not in mixer:
-        return None
-    return resolve_mixer_target(
-        mixer["_target_"],
-        allow=cfg.get("allow", ()),
-        command_line_targets=cfg.get("command_line_targets", ()),
+        mixer_class=mixer_class(model, cfg),
     )
 
 
@@ -65,7 +56,7 @@ def load_module(checkpoint: dict[str, Any], path: Path, cfg: dict[str, Any]) -> 
         raise UserError(
             f"{path} is no forecasting checkpoint of seqzoo: it lacks {', '.join(sorted(wanted - set(saved)))}"
         )
-    module = ForecastModule(**{k: saved[k] for k in wanted}, mixer_class=_mixer_class(saved["model"], cfg))
+    module = ForecastModule(**{k: saved[k] for k in wanted}, mixer_class=mixer_class(saved["model"], cfg))
     module.load_state_dict(checkpoint["state_dict"])
     return module
 

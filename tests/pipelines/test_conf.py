@@ -22,7 +22,7 @@ from seqzoo.pipelines.config_files import (
     read_keys,
     read_title,
 )
-from seqzoo.pipelines.forecasting.data import ForecastData
+from seqzoo.pipelines.run import task_package
 from seqzoo.pipelines.training import OPTIMIZERS, SCHEDULERS, create_optimizer, schedule
 from seqzoo.zoo import list_models, model_info
 
@@ -47,7 +47,12 @@ def option_file(group: str, option: str) -> Path:
 
 
 # Values that only the user can give.
-NEEDED = {("data", "csv"): ["data.path=sales.csv"], ("mixer", "custom"): ["mixer._target_=a.B"]}
+NEEDED = {
+    ("data", "csv"): ["data.path=sales.csv"],
+    ("data", "text"): ["data.path=books"],
+    ("mixer", "custom"): ["mixer._target_=a.B"],
+}
+TEXT_DATA = ("stdlib", "text")
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
@@ -117,7 +122,8 @@ def test_model_files_state_the_options_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", GROUPS["data"])
 def test_data_files_state_the_arguments_of_the_data(name: str) -> None:
     own = set(yaml.safe_load(option_file("data", name).read_text()))
-    valid = set(inspect.signature(ForecastData.__init__).parameters) - {"self", "seed"}
+    task = "text" if name in TEXT_DATA else "forecasting"
+    valid = set(inspect.signature(task_package(task).Data.__init__).parameters) - {"self", "seed"}
     assert own == valid - ({"split_ratio"} if name.startswith("ett") else set())
 
 

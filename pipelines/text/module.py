@@ -1,0 +1,219 @@
+"""The language-modelling LightningModule: next token or masked tokens, with or without a carried state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...blocks.backbone import BackboneState
+from ...blocks.protocol import Mixer, detach_state, map_state, reset_rows
+from ...zoo import LanguageModel, create_model, model_info
+from ..errors import UserError
+from ..training import TrainingModule
+from .data import TextData
+from .masking import mask_tokens
+from .scores import LossSums, token_losses
+
+Batch = dict[str, Tensor]
+
+
+def model_arguments(model: dict[str, Any], task: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The options of the zoo model that follow from the data. Raises UserError where they contradict the config."""
+    given = {k: v for k, v in model.items() if k != "name"}
+    causal = given.get("causal", model_info(model["name"]).options.get("causal", True))
+    if task["objective"] == "next" and not causal:
+        raise UserError(
+            f"model {model['name']!r} is not causal: it learns masked tokens (task.objective=masked), not the next one"
+        )
+    needed = schema["vocab_size"] + (task["objective"] == "masked")
+    # A model of the zoo is for bytes unless its size says otherwise; more numbers than the tokenizer has do no harm.
+    if given.get("vocab_size", 256) < needed:
+        given["vocab_size"] = needed
+    return given
+
+
+class LanguageModule(TrainingModule):
+    """Trains a language model on rows of a corpus; sums are exact over documents.
+
+    model: {"name", **options} of a zoo model. task: objective ("next" or "masked"), carry_state, grad_checkpointing,
+    mask_share. schema: `TextData.schema()`. mixer_class: the class of a user's own mixer.
+    """
+
+    net: LanguageModel
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        task: dict[str, Any],
+        optimizer: dict[str, Any],
+        scheduler: dict[str, Any],
+        schema: dict[str, Any],
+        mixer_class: type[Mixer] | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, scheduler=scheduler)
+        self.save_hyperparameters(
+            {"model": model, "task": task, "optimizer": optimizer, "scheduler": scheduler, "schema": schema}
+        )
+        self.task, self.schema = dict(task), dict(schema)
+        options = model_arguments(model, task, schema)
+        if mixer_class is not None:
+            options["mixer"] = _with_class(options["mixer"], mixer_class)
+        net = create_model(model["name"], **options)
+        if not isinstance(net, LanguageModel):
+            raise UserError(f"model {model['name']!r} is no language model")
+        self.net = net
+        if mixer_class is not None:
+            self.net.config["options"]["mixer"] = mixer_class
+        self.net.backbone.set_grad_checkpointing(bool(task["grad_checkpointing"]))
+        if task["carry_state"]:
+            self._check_carry(model["name"])
+        self._state: BackboneState | None = None
+        self._resumed: list[Tensor] | None = None
+        self.test_sums: dict[str, LossSums] = {}
+
+    def _check_carry(self, name: str) -> None:
+        if self.task["objective"] == "masked":
+            raise UserError("task.carry_state=true needs task.objective=next: masked models see both sides")
+        if not constant_state(self.net):
+            raise UserError(
+                f"task.carry_state=true needs a state of constant size, which model {name!r} does not have: "
+                "give softmax a mixer.window_size, or take a recurrent mixer"
+            )
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.task["carry_state"] and self.trainer.world_size > 1:
+            raise UserError("task.carry_state=true reads documents side by side in one process; use trainer.devices=1")
+
+    # the carried state ------------------------------------------------------------------------------------------------
+
+    def _carried(self, batch: Batch, before: BackboneState | None) -> BackboneState:
+        """The state for this batch: that after the one before, new where a document begins."""
+        fresh = self.net.init_state(len(batch["fresh"]), device=batch["tokens"].device)
+        return fresh if before is None else reset_rows(before, batch["fresh"], fresh)
+
+    def on_train_epoch_start(self) -> None:
+        if self._resumed is None:
+            self._state = None
+
+    def _before(self) -> BackboneState | None:
+        """The state after the batch before, which may have been in a run that this one continues."""
+        if self._resumed is not None:
+            values = iter(self._resumed)
+            state = self.net.init_state(len(self._resumed[0]), device=self.device)
+            self._state = map_state(lambda old: next(values).to(old.device), state)
+            self._resumed = None
+        return self._state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._state is not None and not self.trainer.validating:
+            tensors: list[Tensor] = []
+            map_state(lambda t: tensors.append(t.detach().cpu().clone()) or t, self._state)
+            checkpoint["carried_state"] = tensors
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._resumed = checkpoint.get("carried_state")
+
+    # training ---------------------------------------------------------------------------------------------------------
+
+    def logits(self, batch: Batch, state: BackboneState | None = None) -> Any:
+        """The model's output for a batch of any of the three kinds of rows."""
+        return self.net(batch["tokens"], mask=batch.get("mask"), cu_seqlens=batch.get("cu_seqlens"), state=state)
+
+    def _masked(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+        inputs, targets = mask_tokens(
+            batch["tokens"],
+            share=self.task["mask_share"],
+            mask_token=self.schema["vocab_size"],
+            vocab_size=self.schema["vocab_size"],
+            real=batch.get("mask"),
+            generator=generator,
+        )
+        return {**batch, "tokens": inputs, "targets": targets}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.task["objective"] == "masked":
+            batch = self._masked(batch)
+        state = None
+        if self.task["carry_state"]:
+            state = self._carried(batch, self._before())
+        out = self.logits(batch, state)
+        if state is not None:
+            self._state = detach_state(out.state)
+        asked = (batch["targets"] >= 0).sum()
+        loss = token_losses(out.y, batch["targets"]).sum() / asked.clamp(min=1) + sum(out.aux.values())
+        self.check_loss(loss, batch_idx)
+        number = int(asked)
+        self.log_auxiliary(out.aux, number)
+        self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
+        return loss
+
+    # validation and test: sums, so that neither the batch size nor the number of processes matters -----------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = LossSums()
+        self._training_state, self._state = self._state, None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._add(self._sums, batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._state = self._training_state
+        scores = self._compute(self._sums, "val")
+        values = {"val/loss": scores["loss"]}
+        if self.task["objective"] == "next":
+            values["val/bits_per_byte"] = scores["bits_per_byte"]
+        self.log_dict(values, prog_bar=True, rank_zero_only=True)
+
+    def on_test_epoch_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TextData):
+            raise TypeError("testing needs a TextData")
+        self._protocols = list(data.protocols)
+        self.test_sums = {name: LossSums() for name in self._protocols}
+        self._state = None
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == 0:
+            self._state = None
+        self._add(self.test_sums[self._protocols[dataloader_idx]], batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._state = None
+        for name, sums in self.test_sums.items():
+            scores = self._compute(sums, "test")
+            self.log_dict({f"test/{name}/bits_per_byte": scores["bits_per_byte"]}, rank_zero_only=True)
+
+    def _add(self, sums: LossSums, batch: Batch, batch_idx: int) -> None:
+        if self.task["objective"] == "masked":
+            # The same tokens are hidden every time.
+            batch = self._masked(batch, torch.Generator().manual_seed(batch_idx))
+        carries = "fresh" in batch and self.task["objective"] == "next"
+        state = self._carried(batch, self._state) if carries else None
+        out = self.logits(batch, state)
+        if carries:
+            self._state = out.state
+        sums.update(token_losses(out.y, batch["targets"]), batch)
+
+    def _compute(self, sums: LossSums, stage: str) -> dict[str, Any]:
+        if self.trainer.world_size > 1:
+            sums.flat = self.sum_over_ranks(sums.flat)
+        data = getattr(self.trainer, "datamodule", None)
+        return sums.compute(*(data.size(stage) if isinstance(data, TextData) else (0, 0)))
+
+
+def constant_state(net: LanguageModel) -> bool:
+    """Whether the model carries a state whose size does not grow with the tokens seen."""
+    try:
+        return net.state_size(1 << 20) == net.state_size(1 << 30)
+    except ValueError:
+        return False
+
+
+def _with_class(mixer: Any, mixer_class: type[Mixer]) -> Any:
+    """A factory of the user's own mixer with the options that stand beside `_target_`."""
+    options = {k: v for k, v in mixer.items() if k not in ("_target_", "name")}
+    return lambda dim, **more: mixer_class(dim, **{**options, **more})

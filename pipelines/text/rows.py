@@ -1,0 +1,168 @@
+"""Training and test rows of a corpus as arithmetic on its bounds: nothing is stored but where pieces begin.
+
+Three ways to read documents, all exact: every prediction of every document comes once.
+    PackedRows    pieces of up to L tokens, each from nothing; short ones share a row
+    SlidingRows   windows of L tokens that overlap; only the last `stride` of each are asked
+    CarriedRows   B documents side by side, L tokens at a time, for models that carry a state
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .corpus import Corpus
+
+IGNORED = -100  # a target that is not asked, as torch's cross entropy has it
+
+
+def _gather(tokens: np.ndarray, first: np.ndarray, length: int) -> np.ndarray:
+    """tokens[i : i + length] for i of `first`, int64 (B, length)."""
+    return tokens[first[:, None] + np.arange(length)].astype(np.int64)
+
+
+class PackedRows(Dataset[dict[str, Tensor]]):
+    """Rows of up to seq_len tokens; pieces of documents that are shorter share a row with others.
+
+    `dataset[indices]` is a batch. Where every row is one piece of seq_len tokens: tokens and targets, int64
+    (B, seq_len), and start (B,), the position of its first token in its document. Else the pieces one after another,
+    tokens and targets (1, T), with cu_seqlens, int32 (N + 1,), and start (N,): nothing is padded. seed: decides which
+    short pieces share a row.
+    """
+
+    def __init__(self, corpus: Corpus, documents: np.ndarray, seq_len: int, *, seed: int = 0) -> None:
+        self.corpus, self.seq_len = corpus, seq_len
+        begins, sizes = corpus.bounds[documents], np.diff(corpus.bounds)[documents] - 1
+        count = -(-sizes // seq_len)
+        number = np.repeat(np.arange(len(documents)), count)
+        step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        self.start = step * seq_len
+        self.first = begins[number] + self.start
+        self.length = np.minimum(sizes[number] - self.start, seq_len).astype(np.int32)
+        full, short = np.flatnonzero(self.length == seq_len), np.flatnonzero(self.length < seq_len)
+        np.random.default_rng([seed, 1]).shuffle(short)
+        # Next fit: a row is closed by the first piece that no longer fits.
+        ends, room = [], 0
+        for place, size in enumerate(self.length[short].tolist()):
+            if size > room:
+                ends.append(place)
+                room = seq_len
+            room -= size
+        self._order = np.concatenate([full, short])
+        self._bounds = np.concatenate([np.arange(len(full)), np.array([*ends, len(short)], dtype=np.int64) + len(full)])
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        rows = np.atleast_1d(np.asarray(indices))
+        pieces = np.concatenate([self._order[self._bounds[r] : self._bounds[r + 1]] for r in rows.tolist()])
+        first, lengths, start = self.first[pieces], self.length[pieces], torch.from_numpy(self.start[pieces])
+        if (lengths == self.seq_len).all():
+            both = torch.from_numpy(_gather(self.corpus.tokens, first, self.seq_len + 1))
+            return {"tokens": both[:, :-1], "targets": both[:, 1:], "start": start}
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        place = np.repeat(first - bounds[:-1], lengths) + np.arange(bounds[-1])
+        tokens, targets = (torch.from_numpy(self.corpus.tokens[p].astype(np.int64))[None] for p in (place, place + 1))
+        cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+        return {"tokens": tokens, "targets": targets, "cu_seqlens": cu_seqlens, "start": start}
+
+
+class SlidingRows(Dataset[dict[str, Tensor]]):
+    """Windows of seq_len tokens, `stride` apart: every prediction but the first ones has seq_len - stride tokens of
+    context at least. Batches as those of `PackedRows`, padded: targets IGNORED, mask bool (B, seq_len)."""
+
+    def __init__(self, corpus: Corpus, documents: np.ndarray, seq_len: int, stride: int) -> None:
+        if not 1 <= stride <= seq_len:
+            raise ValueError(f"stride={stride} must be between 1 and seq_len={seq_len}")
+        self.corpus, self.seq_len = corpus, seq_len
+        begins, sizes = corpus.bounds[documents], np.diff(corpus.bounds)[documents] - 1
+        count = 1 + np.maximum(0, -(-(sizes - seq_len) // stride))
+        number = np.repeat(np.arange(len(documents)), count)
+        step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        # The last window ends with its document and asks what the one before has not.
+        self.start = np.minimum(step * stride, np.maximum(sizes[number] - seq_len, 0))
+        self.first = begins[number] + self.start
+        self.length = np.minimum(sizes[number], seq_len)
+        asked_before = np.where(step == 0, 0, np.minimum((step - 1) * stride + seq_len, sizes[number]))
+        self.skip = asked_before - self.start
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        rows = np.atleast_1d(np.asarray(indices))
+        longest = int(self.length[rows].max())
+        return _padded(self.corpus, self.first[rows], self.length[rows], longest, self.start[rows], self.skip[rows])
+
+
+class CarriedRows(Dataset[dict[str, Tensor]]):
+    """Step t of `rows` rows that each read their documents in order, seq_len tokens at a time.
+
+    `dataset[t]` has tokens, targets (B, seq_len) and start (B,) as `SlidingRows`; fresh, bool (B,): a document begins
+    here, so the row's state must be that before the first token. A window never crosses the end of a document. Steps
+    must be read in order. shuffle: the order of documents, by seed.
+    """
+
+    def __init__(
+        self, corpus: Corpus, documents: np.ndarray, seq_len: int, rows: int, *, shuffle: bool = False, seed: int = 0
+    ) -> None:
+        self.corpus, self.seq_len = corpus, seq_len
+        self.rows = rows = min(rows, len(documents))
+        sizes = np.diff(corpus.bounds)[documents] - 1
+        count = -(-sizes // seq_len)
+        order = np.arange(len(documents))
+        if shuffle:
+            np.random.default_rng([seed, 2]).shuffle(order)
+        else:
+            order = np.argsort(-count, kind="stable")  # the longest first: rows end together
+        # Each document goes to the row that has least to read.
+        heap = [(0, r) for r in range(rows)]
+        given: list[list[int]] = [[] for _ in range(rows)]
+        for number in order.tolist():
+            steps, row = heapq.heappop(heap)
+            given[row].append(number)
+            heapq.heappush(heap, (steps + int(count[number]), row))
+        self._documents = [np.array(g, dtype=np.int64) for g in given]
+        self._ends = [np.cumsum(count[g]) for g in self._documents]
+        self._begins, self._sizes = corpus.bounds[documents], sizes
+
+    def __len__(self) -> int:
+        return max((int(e[-1]) for e in self._ends if len(e)), default=0)
+
+    def __getitem__(self, index: Sequence[int] | np.ndarray | int) -> dict[str, Tensor]:
+        step = int(np.asarray(index).reshape(-1)[0])
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of {len(self)}")
+        first, length, start = (np.zeros(self.rows, dtype=np.int64) for _ in range(3))
+        for row, (documents, ends) in enumerate(zip(self._documents, self._ends, strict=True)):
+            place = int(np.searchsorted(ends, step, side="right"))
+            if place == len(ends):
+                continue  # this row has read everything: all padding
+            window = step - (int(ends[place - 1]) if place else 0)
+            number = documents[place]
+            start[row] = window * self.seq_len
+            first[row] = self._begins[number] + start[row]
+            length[row] = min(self._sizes[number] - start[row], self.seq_len)
+        batch = _padded(self.corpus, first, length, self.seq_len, start, np.zeros_like(start))
+        return {**batch, "fresh": batch["start"] == 0}
+
+
+def _padded(
+    corpus: Corpus, first: np.ndarray, length: np.ndarray, width: int, start: np.ndarray, skip: np.ndarray
+) -> dict[str, Tensor]:
+    """Windows of different lengths in rows of `width`; the first `skip` predictions of each are not asked. Without a
+    mask where every row is full."""
+    place = np.arange(width)
+    real = place < length[:, None]
+    source = np.where(real, first[:, None] + place, 0)
+    tokens = np.where(real, corpus.tokens[source], 0).astype(np.int64)
+    asked = real & (place >= skip[:, None])
+    targets = np.where(asked, corpus.tokens[np.where(asked, source + 1, 0)].astype(np.int64), IGNORED)
+    batch = {"tokens": tokens, "targets": targets, "start": start} | ({} if real.all() else {"mask": real})
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
