@@ -282,6 +282,13 @@ def test_draws_follow_the_probabilities():
     assert sampling.draw(logits[:2], ends).tolist() == [1, 4]
 
 
+def test_a_parallel_sum_that_jitters_draws_nothing_impossible(monkeypatch):
+    """As if rounding had left a gap in the sum where a filtered token stands."""
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda tensor, dim: torch.tensor([[0.5, 0.6, 1.0]]))
+    logits = torch.tensor([[0.0, -math.inf, 0.1]])
+    assert sampling.draw(logits, torch.tensor([0.55])).tolist() == [2]
+
+
 def test_greedy_takes_the_likeliest_after_the_penalty():
     logits, seen = torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[False, True, False]])
     assert sampling.Sampling(0.0).choose(logits, None, None).tolist() == [1]
