@@ -16,19 +16,22 @@ from ..blocks.parameters import parameter_groups
 from ..blocks.registry import did_you_mean
 from .errors import UserError
 from .loading import ResumableLoader
+from .muon import create_muon
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 SCHEDULERS = ("none", "cosine", "wsd", "informer")
 
 
 def create_optimizer(module: nn.Module, options: dict[str, Any], *, fused: bool = True) -> torch.optim.Optimizer:
-    """adam, adamw or sgd over `parameter_groups(module)`; options: name, lr, weight_decay, betas or momentum.
+    """adam, adamw, muon or sgd over `parameter_groups(module)`; options: name, lr, weight_decay, betas or momentum.
 
     fused: one pass over the parameters instead of a dozen, the same numbers up to rounding; False under a gradient
     scaler, whose gradients could not be clipped.
     """
     options = dict(options)
     name = options.pop("name")
+    if name == "muon":
+        return create_muon(module, **{**options, "betas": tuple(options["betas"])}, fused=fused)
     groups = parameter_groups(module, lr=options.pop("lr"), weight_decay=options.pop("weight_decay", 0.0))
     classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,

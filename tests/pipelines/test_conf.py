@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from seqzoo.blocks.backbone import Backbone
 from seqzoo.blocks.registry import list_mixers, mixer_info
 from seqzoo.pipelines.config_files import (
     config_roots,
@@ -133,11 +134,10 @@ def test_trainer_keys_are_those_of_the_trainer() -> None:
 
 
 def test_optimizers_and_schedules_build_from_their_files() -> None:
-    import torch
 
     for name in OPTIMIZERS:
-        optimizer = create_optimizer(torch.nn.Linear(2, 2), composed(f"optimizer={name}")["optimizer"])
-        assert type(optimizer).__name__.lower() == name
+        optimizer = create_optimizer(Backbone(8, 1), composed(f"optimizer={name}")["optimizer"])
+        assert type(optimizer).__name__.lower().startswith(name)
     for name in SCHEDULERS:
         rule = schedule(composed(f"scheduler={name}")["scheduler"], 100)
         assert (rule is None) == (name == "none")
