@@ -206,6 +206,7 @@ def test_heat_maps_of_tasks_of_many_cells_and_of_gaps(tmp_path):
 def test_lengths_are_written_short_where_that_is_exact():
     assert _ticks([256, 1024, 4096, 2**20]) == ["256", "1k", "4k", "1M"]
     assert _ticks([500, 1000, 32_000, 10**6]) == ["500", "1k", "32k", "1M"]
+    assert _ticks([500, 1000]) == ["500", "1000"]
     assert _ticks([1000, 1024]) == ["1000", "1k"]
     assert _ticks([1024, 3000]) == ["1,024", "3,000"]
     assert _ticks(["passkey", "needle"]) == ["passkey", "needle"]

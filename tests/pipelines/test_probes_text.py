@@ -76,7 +76,12 @@ def crooked(text):
     return len(text.split()) + len(re.findall(r"[ae]\. T", text)) - len(re.findall(r"n\. [SH]", text)) + len(text) % 3
 
 
-@pytest.mark.parametrize("count_tokens", [byte_count, crooked, lambda text: len(text) // 4])
+def with_start_and_end(text):
+    """Four characters a token and two more for every text: sentences alone count for more than in the prompt."""
+    return len(text) // 4 + 2
+
+
+@pytest.mark.parametrize("count_tokens", [byte_count, crooked, with_start_and_end, lambda text: len(text) // 4])
 @pytest.mark.parametrize("depth", [None, 0.0, 0.4, 1.0])
 def test_one_more_sentence_would_not_fit(count_tokens, depth):
     essay = "A sentence of the one and only length. "
