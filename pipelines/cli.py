@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from .errors import UserError, nearest, one_line
-from .help import COMMANDS, LISTINGS, help_text
+from .help import COMMANDS, LISTINGS, TOOLS, help_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,10 +49,14 @@ def _dispatch(arguments: list[str]) -> int:
         return _run(word, rest)
     if word in LISTINGS:
         return _list(word, rest)
+    if word in TOOLS:
+        from .text.tokenizer_command import main as train_tokenizer
+
+        return train_tokenizer(rest)
     delegated = _lightning_sdk(word, arguments)
     if delegated is not None:
         return delegated
-    raise UserError(f"unknown command {word!r}.{nearest(word, [*COMMANDS, *LISTINGS])} See lightning --help.")
+    raise UserError(f"unknown command {word!r}.{nearest(word, [*COMMANDS, *LISTINGS, *TOOLS])} See lightning --help.")
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -13,12 +13,15 @@ COMMANDS = {
     "fit": "train, then test; writes a run folder with config, metrics, checkpoints and pictures",
     "validate": "the validation metrics of a checkpoint (ckpt_path=...)",
     "test": "the test metrics of a checkpoint beside the naive baselines",
-    "predict": "forecasts from a checkpoint for the user's file (data.path=...)",
+    "predict": "forecasts of the user's file (data.path=...) or a continued text (task.prompt=...) from a checkpoint",
 }
 LISTINGS = {
     "mixers": "table of the token mixers: paper, patterns, options (--json)",
     "models": "table of the models that model=... or create_model() builds (--json)",
     "doctor": "versions, usable kernels and decoders, extras, who owns the command (--json)",
+}
+TOOLS = {
+    "tokenizer": "train a byte-level BPE on text files: path=books/ output=bpe.json vocab_size=4096",
 }
 FLAGS = {
     "-m, --multirun": "sweep: mixer=softmax,linear runs one job for each value, each in a fresh process",
@@ -31,6 +34,8 @@ EXAMPLES = (
     "lightning fit",
     "lightning fit experiment=forecasting/weather mixer=linear trainer.max_epochs=3",
     "lightning fit data=csv data.path=sales.csv data.targets=[sales] data.pred_len=14",
+    "lightning fit experiment=text/stdlib_bytes data=text data.path=books/",
+    "lightning predict ckpt_path=best task=text task.prompt='Once upon a time'",
     "lightning fit mixer._target_=my_module.MyMixer mixer.my_option=3",
     "lightning fit -m mixer=softmax,linear,s4d seed=0,1",
     "lightning test ckpt_path=runs/forecasting/<run>/checkpoints/last.ckpt",
@@ -100,7 +105,7 @@ def help_text(command: str | None = None, arguments: Sequence[str] = (), config_
         return "\n".join(line for part in parts for line in part).rstrip()
     lines = [f"usage: lightning {command or 'COMMAND'} [group=option ...] [key=value ...] [flags]"]
     lines += [f"       {COMMANDS[command]}" if command in COMMANDS else "", "", "commands:"]
-    lines += _rows([*COMMANDS.items(), *LISTINGS.items()], 10, width)
+    lines += _rows([*COMMANDS.items(), *LISTINGS.items(), *TOOLS.items()], 10, width)
     lines += ["", "flags:", *_rows([*FLAGS.items(), ("--version", "the version")], 18, width)]
     lines += ["", "  `seqzoo` and `python -m seqzoo` are the same command.", "", "examples:"]
     lines += [f"  {example}" for example in EXAMPLES]

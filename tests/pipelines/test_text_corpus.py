@@ -202,3 +202,21 @@ def test_compressors_by_hand() -> None:
     assert order_zero(b"aaab", b"aaab" * 1000) == pytest.approx(expected)
     words = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8).tobytes()
     assert lzma_primed(words, words) < 0.2 and 8 * len(lzma.compress(words)) / len(words) > 8
+
+
+def test_the_tokenizer_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers", reason="tokenizers (seqzoo[text]) is not installed")
+    from seqzoo.pipelines.cli import main
+
+    output = tmp_path / "made.json"
+    assert main(["tokenizer", f"path={folder}", f"output={output}", "vocab_size=260"]) == 0
+    size = sum(len(c) for c in contents(load_corpus(str(folder), BYTES, cache_dir=tmp_path)).values())
+    assert f"{create_tokenizer(output).vocab_size} tokens from {size} bytes" in capsys.readouterr().out
+    for words, message in (
+        (["path=x"], "needs output=..."),
+        (["path=x", "out=y"], "Did you mean output"),
+        ([f"path={folder}", f"output={output}", "vocab_size=many"], "must be a whole number"),
+        ([f"path={folder}x", f"output={output}"], "no such file"),
+    ):
+        assert main(["tokenizer", *words]) == 2
+        assert message.lower() in capsys.readouterr().err.lower()
