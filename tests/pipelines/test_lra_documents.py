@@ -199,7 +199,7 @@ def test_reviews_that_are_not_there(tmp_path):
 
 def test_pairs_of_the_release(tmp_path):
     rows = [
-        (b"1.0", b"A00-1001", b"A00-1002", b'first "quoted" \xff', bytes(range(97, 122)) * 200),
+        (b"1.0", b"A00-1001", b"A00-1002", b'first "quoted" \xff', b"start " + b"x" * 5000),
         (b"0.0", b"1", b"2", b"b'second'", b"short"),
     ]
     for name in ("train", "eval", "test"):

@@ -32,21 +32,35 @@ def components(layer: np.ndarray, margin: int) -> np.ndarray:
     return ndimage.label(ndimage.binary_dilation(layer > 0.2, round_structure(margin + 2)), np.ones((3, 3)))[0]
 
 
+def bars_near(layer: np.ndarray, tip: np.ndarray) -> int:
+    """How many other bars of a snake (margin 2) end near the bar that has this tip."""
+    bars, number = ndimage.label(layer > 0.2, np.ones((3, 3)))
+    distance = ndimage.distance_transform_edt(bars != bars[tuple(tip)])
+    return sum(distance[bars == bar].min() < 7.5 for bar in range(1, number + 1) if bar != bars[tuple(tip)])
+
+
 @pytest.mark.parametrize(
     ("chosen", "count"), [(SETTINGS[32], 100), (SETTINGS[64], 20), (setting(128, margins=(2,)), 4)]
 )
 def test_flood_fill_along_the_snakes_confirms_the_label(chosen, count):
     picture = next(scenes(count, chosen))
     assert set(picture.labels) == {0, 1}
+    neighbours: list[int] = []
     for n in range(count):
         first, last = picture.marked[n]
         parts = [components(picture.layers[n, which], int(picture.margins[n])) for which in range(2)]
         for which in range(2):
             origin, terminal = (parts[which][tuple(tip)] for tip in picture.tips[n, which])
             assert parts[which].max() == 1 and origin == terminal == 1  # each snake is one chain with both its tips
+        if chosen.size == 128:
+            neighbours += [
+                bars_near(picture.layers[n, which], tip) for which in range(2) for tip in picture.tips[n, which]
+            ]
         start, end = picture.tips[n, first, 0], picture.tips[n, last, 1]
         connected = parts[first][tuple(start)] == parts[first][tuple(end)] != 0 and first == last
         assert connected == picture.labels[n]
+    # a tip is in the first or last bar, which has one neighbour, not two; now and then another part passes by
+    assert neighbours.count(1) >= 0.8 * len(neighbours)
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -165,6 +179,7 @@ def test_a_replay_of_the_growth_keeps_its_rules(size, count, pictures):
         for begin in range(0, len(distractors), length):
             numbers = distractors[begin : begin + length, 0]
             assert np.all(numbers < 0) or (numbers[0] < 360 and np.all(numbers[1:] >= 360))  # whole snakes only
+            earlier = np.zeros_like(mask)
             for number, place in distractors[begin : begin + length] if numbers[0] >= 0 else []:
                 at = np.array(divmod(place, table.width)) - table.radius
                 angle = number * np.pi / 180 if number < 360 else np.pi + np.arctan2(*table.circle[number - 360])
@@ -172,6 +187,8 @@ def test_a_replay_of_the_growth_keeps_its_rules(size, count, pictures):
                 assert (mask + own).max() < (1.8 if number >= 360 else 2)
                 # the first bar needs the pixels that it covers whole to be free
                 assert number >= 360 or mask[own > 1 - 1e-9].max() <= 0.3
+                mask, earlier = np.maximum(mask, earlier), own
+            mask = np.maximum(mask, earlier)
     assert np.mean(turns) > 0.1
 
 
@@ -205,6 +222,7 @@ def test_splits_settings_and_names(tmp_path, monkeypatch):
     again = pathfinder_splits(train=30, val=6, test=4, chosen=setting(32, "easy"), cache_dir=tmp_path)
     assert np.array_equal(again["train"].tokens, made["train"].tokens)
 
+    assert [setting(32, level).contour for level in ("easy", "intermediate", "hard")] == [6, 9, 14]
     assert [name_of(setting(size)) for size in (32, 64, 128, 256)] == [
         *("pathfinder-32", "pathfinder-64", "path-x", "path-256")
     ]

@@ -7,13 +7,13 @@ The surface form applies an operator to one argument at a time, and then to its 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ...errors import UserError, one_line
-from .listops import CLOSE, FIRST_DIGIT, FIRST_OPERATOR, OPERATORS, SYMBOLS, VOCAB_SIZE
+from .listops import CLOSE, FIRST_DIGIT, FIRST_OPERATOR, SYMBOLS, VOCAB_SIZE
 from .split import Split, pad
 
 HEADER = ("Source", "Target")
@@ -26,7 +26,12 @@ def _median(values: Sequence[int]) -> int:
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
 
 
-_FUNCTIONS = dict(zip(OPERATORS, (min, max, _median, lambda values: sum(values) % 10), strict=True))
+_FUNCTIONS: dict[str, Callable[[Sequence[int]], int]] = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": _median,
+    "[SM": lambda values: sum(values) % 10,
+}
 
 
 def evaluate(tokens: Sequence[int] | np.ndarray) -> int:

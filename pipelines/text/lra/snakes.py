@@ -175,7 +175,7 @@ def _extend(
     pivot = snake.pivot + table.hop[snake.direction]
     y, x = pivot[:, :1] + table.circle[:, 0], pivot[:, 1:] + table.circle[:, 1]
     inside = table.inside(y, x)
-    place = np.where(inside, table.place(y, x), table.place(np.int64(0), np.int64(0)))
+    place = np.where(inside, table.place(y, x), table.radius * (table.width + 1))
     base = rows * table.width**2
     occupied = boards.wide.reshape(-1).take(base[:, None] + place)
     weight = table.weight[snake.direction] * (1.0 - occupied) * inside
@@ -284,7 +284,7 @@ def _free_bar(table: Table, mask: np.ndarray, keys: np.ndarray, counter: int) ->
         free &= mask.reshape(-1).take(place + offset[:, None]) <= _FREE
     for move in (table.head[direction], table.pivot[direction]):
         free &= table.inside(y + move[:, :1], x + move[:, 1:])
-    fits = free.any(axis=1)
+    fits = np.any(free, axis=1)
     chosen = np.argmax(free, axis=1)
     tail = np.stack([y, x], axis=2)[np.arange(len(mask)), chosen]
     return fits, _started(table, tail[fits], direction[fits])
