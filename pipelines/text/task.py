@@ -16,6 +16,8 @@ from ..instantiate import mixer_class
 from ..results import print_table, write_csv, write_metrics
 from .data import PROTOCOLS, TextData
 from .module import LanguageModule, constant_state
+from .probes.text_tasks import find_task
+from .probing import draw_probes, run_probes
 
 Data = TextData
 _NAMES = {
@@ -31,6 +33,10 @@ def build_data(cfg: dict[str, Any]) -> TextData:
     for name in () if wanted == "auto" else wanted:
         if name not in PROTOCOLS:
             raise UserError(f"task.test_protocols has {name!r}.{nearest(name, [*PROTOCOLS, 'auto'])}")
+    for name in cfg["task"]["probes"]:
+        find_task(name)
+    if cfg["task"]["probes"] and cfg["task"]["objective"] != "next":
+        raise UserError("task.probes asks for continuations: it needs task.objective=next")
     data = TextData(**cfg["data"], seed=cfg["seed"])
     data.carry_state, data.wanted = cfg["task"]["carry_state"], wanted
     return data
@@ -142,9 +148,25 @@ def report(trainer: Any, module: LanguageModule, data: TextData, run_dir: Path, 
     write_csv(run_dir / "test_by_position.csv", by_position)
     write_metrics(run_dir, {"test": scores}, name="test")
     _draw(scores, run_dir)
+    probed = _probe(module, data, cfg, run_dir)
     best = min(score["bits_per_byte"] for score in scores.values())
     print(f"tables and pictures in {run_dir}", flush=True)
-    return {"test/bits_per_byte": best, "test": {row["method"]: row["bits per byte"] for row in rows}}
+    found = {"test/bits_per_byte": best, "test": {row["method"]: row["bits per byte"] for row in rows}}
+    return {**found, "probes": probed} if probed else found
+
+
+def _probe(module: LanguageModule, data: TextData, cfg: dict[str, Any], run_dir: Path) -> list[dict[str, Any]]:
+    """The long-context probes of `task.probes`: a table, a file and heat maps."""
+    task = cfg["task"]
+    if not task["probes"]:
+        return []
+    module.eval()
+    options = {"samples": task["probe_samples"], "seed": cfg["seed"]}
+    rows = run_probes(module.net, data.tokenizer, task["probes"], task["probe_lengths"], **options)
+    print_table(rows, title="probes: answers right to the last token (mean of count), and their bits")
+    write_csv(run_dir / "probes.csv", rows)
+    draw_probes(rows, run_dir / "probes.png")
+    return rows
 
 
 def _draw(scores: dict[str, Any], run_dir: Path) -> None:

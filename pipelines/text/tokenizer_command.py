@@ -41,7 +41,6 @@ def main(arguments: Sequence[str]) -> int:
             yield document.content[document.begin : document.end]
 
     made = train_bpe(contents(), str(given["output"]), vocab_size=int(str(given["vocab_size"])))
-    print(
-        f"{given['output']}: {made.vocab_size:,} tokens from {size:,} bytes; use it with data.tokenizer={given['output']}"
-    )
+    output = given["output"]
+    print(f"{output}: {made.vocab_size:,} tokens from {size:,} bytes; use it with data.tokenizer={output}")
     return 0

@@ -16,9 +16,12 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from seqzoo.blocks.sequence_model import SequenceOutput
 from seqzoo.pipelines.checkpoints import load_checkpoint
 from seqzoo.pipelines.errors import UserError
 from seqzoo.pipelines.run import execute
+from seqzoo.pipelines.text.probing import run_probes
+from seqzoo.pipelines.text.tokenizer import ByteTokenizer
 from seqzoo.zoo import load_model
 
 SMALL = [
@@ -132,6 +135,36 @@ def test_the_exported_model_and_prediction(
     assert all("e" not in r["continuation"] for r in two)
 
 
+def test_probes_find_what_an_oracle_remembers(
+    fitted: tuple[Path, dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    """An untrained model knows nothing; one whose logits are the text itself (an oracle) is right everywhere."""
+    options = ["task.probes=[passkey,variables]", "task.probe_lengths=[300,500]", "task.probe_samples=2"]
+    path = fitted[0] / "checkpoints" / "best.ckpt"
+    metrics = run("test", folder, tmp_path / "probed", f"ckpt_path={path}", *options)
+    rows = metrics["probes"]
+    assert [(r["task"], r["length"], r["depth"]) for r in rows if r["task"] == "variables"] == [
+        ("variables", 300, None),
+        ("variables", 500, None),
+    ]
+    assert len(rows) == 2 * 5 + 2 and sum(r["count"] for r in rows) == 40
+    assert all(r["mean"] == 0 and r["bits"] > 15 for r in rows)  # 5 digits are 16.6 bits
+    assert (tmp_path / "probed" / "probes.png").is_file() and (tmp_path / "probed" / "probes.csv").is_file()
+
+    class Oracle(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens: torch.Tensor) -> SequenceOutput:
+            following = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], ord("0"))), 1)
+            return SequenceOutput(20.0 * torch.nn.functional.one_hot(following, 256).float(), None, {})
+
+    # the last token of an answer follows no input; an oracle that always says "0" there is right for a tenth of them
+    found = run_probes(Oracle(), ByteTokenizer(), ["passkey"], [300], samples=20, seed=0)
+    assert 0 < sum(r["mean"] for r in found) / len(found) < 0.3
+
+
 @pytest.mark.parametrize(("carry", "stop"), [("false", 5), ("false", 30), ("true", 5), ("true", 12)])
 def test_a_killed_run_resumes_to_the_same_bits(folder: Path, tmp_path: Path, carry: str, stop: int) -> None:
     """Dropout and a codebook beside, so that random numbers and running statistics count too."""
@@ -184,6 +217,7 @@ def test_masked_models_learn_what_they_can(folder: Path, tmp_path: Path) -> None
         (["data.seq_len=0"], "data.seq_len=0 must be greater than 0"),
         (["mixer=softmax", "task.carry_state=true"], "state of constant size"),
         (["task.test_protocols=[rows,slidng]"], "slidng"),
+        (["task.probes=[paskey]"], "no text probe 'paskey'.*passkey"),
         (["mixer=prob_sparse"], "does not support the pattern 'causal'"),
         (["model=patch_tiny"], "is for the task 'forecasting', not 'text'"),
         (["+data.sequence=3"], "unknown key data.sequence"),

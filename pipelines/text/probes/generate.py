@@ -57,17 +57,19 @@ def draw_probe(
             raise UserError(f"depth={depth} must lie between 0 (before the haystack) and 1 (after it)")
     for _ in range(TRIES):
         fresh = Fresh(rng)
-        before, shown = "", ()
+        before = ""
+        wanted: list[tuple[str, int]] = []
         if example:
             solved = draft(spec, rng, fresh, essay)
             units = list(itertools.islice(solved.units, EXAMPLE_UNITS))
             before = _render(solved, units, None) + " " + SEPARATOR.join(solved.answers) + END + "\n\n"
-            shown = tuple(zip(solved.answers, (count + 1 for count in solved.counts), strict=True))
+            wanted += [(answer, n + 1) for answer, n in zip(solved.answers, solved.counts, strict=True)]
         made = draft(spec, rng, fresh, essay)
         kept = count_tokens(" " + SEPARATOR.join(made.answers) + END) if reserve is None else reserve
         units, prompt = _fit(made, before, depth, length - kept, count_tokens, task, length)
+        wanted += zip(made.answers, made.counts, strict=True)
         folded = prompt.casefold()
-        if all(folded.count(a.casefold()) == n for a, n in (*zip(made.answers, made.counts, strict=True), *shown)):
+        if all(folded.count(answer.casefold()) == n for answer, n in wanted):
             break
     else:
         raise UserError(f"no answer to {task} could be found that its haystack does not hold, in {TRIES} tries")

@@ -133,9 +133,7 @@ TOKEN_TASKS: dict[str, Callable[..., Batch]] = {
 
 def token_batch(task: str, rng: np.random.Generator, rows: int, length: int, **options: Any) -> Batch:
     """The batch of the task of that name; an unknown name or option is a UserError with the close ones."""
-    if task not in TOKEN_TASKS:
-        raise UserError(f"there is no token task {task!r}.{nearest(task, TOKEN_TASKS)}")
-    known = set(TOKEN_TASKS[task].__kwdefaults__)
+    known = _defaults(task)
     for option in options:
         if option not in known:
             raise UserError(f"{task} has no option {option!r}.{nearest(option, known)}")
@@ -147,11 +145,16 @@ def chance_level(task: str, **options: Any) -> float:
 
     A model that has read an MQAR row but binds nothing can do better: 1 / num_pairs, one of the row's values.
     """
-    if task not in TOKEN_TASKS:
-        raise UserError(f"there is no token task {task!r}.{nearest(task, TOKEN_TASKS)}")
-    vocab_size = options.get("vocab_size", TOKEN_TASKS[task].__kwdefaults__["vocab_size"])
+    vocab_size = {**_defaults(task), **options}["vocab_size"]
     answers = {"mqar": vocab_size - vocab_size // 2, "induction_heads": vocab_size - 1}.get(task, vocab_size - 2)
     return 1 / answers
+
+
+def _defaults(task: str) -> dict[str, Any]:
+    """The options of a task."""
+    if task not in TOKEN_TASKS:
+        raise UserError(f"there is no token task {task!r}.{nearest(task, TOKEN_TASKS)}")
+    return dict(TOKEN_TASKS[task].__kwdefaults__ or {})
 
 
 def _check(rows: int, length: int, at_least: int = 1) -> None:
