@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..blocks.backbone import Backbone, BackboneState, MixerChoice
 from ..blocks.layers.embeddings import TokenEmbedding
 from ..blocks.layers.heads import LanguageHead
-from ..blocks.sequence_model import SequenceModel, SequenceOutput
+from ..blocks.layers.ngrams import NGramEmbedding
+from ..blocks.sequence_model import SequenceModel, SequenceOutput, SequenceState
 
 
 class LanguageModel(nn.Module):
@@ -21,6 +22,8 @@ class LanguageModel(nn.Module):
     drop_path: the backbone, as `Backbone` takes them. causal: False lets every position see all others, for masked
     language modelling; such a model carries no state. tie_embeddings: the head reuses the embedding's table.
     embedding_std: of the normal start of embedding and head. embedding_scale, embedding_drop: see `TokenEmbedding`.
+    ngrams: orders of hashed n-grams that are looked up beside each token, none by default; ngram_size, ngram_width:
+    rows of a table and their width, see `NGramEmbedding`.
     rescale_residual: output projections of mixers and
     feed-forwards start smaller by the root of the number of residual branches (GPT-2, and Mamba, whose blocks have
     one branch).
@@ -48,6 +51,9 @@ class LanguageModel(nn.Module):
         embedding_std: float = 0.02,
         embedding_scale: float = 1.0,
         embedding_drop: float = 0.0,
+        ngrams: Sequence[int] = (),
+        ngram_size: int = 1 << 15,
+        ngram_width: int = 32,
         rescale_residual: bool = True,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
@@ -56,7 +62,12 @@ class LanguageModel(nn.Module):
         if not isinstance(vocab_size, int) or vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size!r} must be a positive integer")
         self.vocab_size = vocab_size
-        embedding = TokenEmbedding(vocab_size, dim, std=embedding_std, scale=embedding_scale, drop=embedding_drop)
+        table: dict[str, Any] = {"std": embedding_std, "scale": embedding_scale, "drop": embedding_drop}
+        embedding = (
+            NGramEmbedding(vocab_size, dim, orders=ngrams, size=ngram_size, width=ngram_width, **table)
+            if ngrams
+            else TokenEmbedding(vocab_size, dim, **table)
+        )
         backbone = Backbone(
             dim,
             depth,
@@ -86,13 +97,13 @@ class LanguageModel(nn.Module):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        state: BackboneState | None = None,
+        state: BackboneState | SequenceState | None = None,
     ) -> SequenceOutput:
         """tokens: int64 (B, L). mask, cu_seqlens, state: as `Mixer.forward`. Returns y, the logits (B, L, vocab_size),
         the carried state when one was passed in, and auxiliary losses by name."""
         return self.model(tokens, mask=mask, cu_seqlens=cu_seqlens, state=state)
 
-    def init_state(self, batch_size: int, **arguments: Any) -> BackboneState:
+    def init_state(self, batch_size: int, **arguments: Any) -> BackboneState | SequenceState:
         """The state before the first token; arguments as `Mixer.init_state`. Raises ValueError where there is none."""
         return self.model.init_state(batch_size, **arguments)
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...blocks.backbone import BackboneState
-from ...blocks.protocol import Mixer, detach_state, map_state, reset_rows
+from ...blocks.protocol import Mixer, State, detach_state, map_state, reset_rows
 from ...zoo import LanguageModel, create_model, model_info
 from ..errors import UserError
 from ..training import TrainingModule
@@ -69,7 +68,7 @@ class LanguageModule(TrainingModule):
         self.net.backbone.set_grad_checkpointing(bool(task["grad_checkpointing"]))
         if task["carry_state"]:
             self._check_carry(model["name"])
-        self._state: BackboneState | None = None
+        self._state: State | None = None
         self._resumed: list[Tensor] | None = None
         self.test_sums: dict[str, LossSums] = {}
 
@@ -88,7 +87,7 @@ class LanguageModule(TrainingModule):
 
     # the carried state ------------------------------------------------------------------------------------------------
 
-    def _carried(self, batch: Batch, before: BackboneState | None) -> BackboneState:
+    def _carried(self, batch: Batch, before: State | None) -> State:
         """The state for this batch: that after the one before, new where a document begins."""
         fresh = self.net.init_state(len(batch["fresh"]), device=batch["tokens"].device)
         return fresh if before is None else reset_rows(before, batch["fresh"], fresh)
@@ -97,7 +96,7 @@ class LanguageModule(TrainingModule):
         if self._resumed is None:
             self._state = None
 
-    def _before(self) -> BackboneState | None:
+    def _before(self) -> State | None:
         """The state after the batch before, which may have been in a run that this one continues."""
         if self._resumed is not None:
             values = iter(self._resumed)
@@ -119,7 +118,7 @@ class LanguageModule(TrainingModule):
 
     # training ---------------------------------------------------------------------------------------------------------
 
-    def logits(self, batch: Batch, state: BackboneState | None = None) -> Any:
+    def logits(self, batch: Batch, state: State | None = None) -> Any:
         """The model's output for a batch of any of the three kinds of rows."""
         return self.net(batch["tokens"], mask=batch.get("mask"), cu_seqlens=batch.get("cu_seqlens"), state=state)
 
