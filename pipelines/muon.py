@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks.backbone import Backbone
 from ..blocks.parameters import parameter_groups
@@ -50,7 +50,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -65,7 +65,7 @@ def inner_matrices(module: nn.Module) -> set[int]:
     found: Iterable[nn.Module] = (
         part for b in module.modules() if isinstance(b, Backbone) for part in b.modules() if isinstance(part, nn.Linear)
     )
-    return {id(part.weight) for part in found if min(part.weight.shape) > 1}
+    return {id(part.weight) for part in found if isinstance(part.weight, Tensor) and min(part.weight.shape) > 1}
 
 
 def create_muon(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,9 +86,9 @@ class NGramEmbedding(TokenEmbedding):
         place = layout.lengths.unsqueeze(1) + torch.arange(self.history, device=tokens.device)
         return x, take(every, place)
 
-    def forward(self, tokens: Tensor, **arguments: Any) -> Tensor:
-        """`read` without a state."""
-        return self.read(tokens, **arguments)[0]
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`read` of whole rows."""
+        return self.read(tokens)[0]
 
     def _hashes(self, every: Tensor, rows: Tensor) -> list[Tensor]:
         """Of the n-grams that end with each token of `rows`, for each order; every: the state's tokens, then those."""

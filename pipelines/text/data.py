@@ -76,7 +76,7 @@ class TextData(L.LightningDataModule):
             raise UserError(f"data.eval_stride={eval_stride} must not be greater than data.seq_len={seq_len}")
         self.path, self.cache_dir = str(path), cache_dir
         self.tokenizer_choice = str(tokenizer)
-        self.sources = {
+        self.sources: dict[str, Any] = {
             "field": field,
             "separator": document_separator,
             "hf_split": hf_split,

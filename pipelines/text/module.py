@@ -109,7 +109,12 @@ class LanguageModule(TrainingModule):
         super().on_save_checkpoint(checkpoint)
         if self._state is not None and not self.trainer.validating:
             tensors: list[Tensor] = []
-            map_state(lambda t: tensors.append(t.detach().cpu().clone()) or t, self._state)
+
+            def keep(tensor: Tensor) -> Tensor:
+                tensors.append(tensor.detach().cpu().clone())
+                return tensor
+
+            map_state(keep, self._state)
             checkpoint["carried_state"] = tensors
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
