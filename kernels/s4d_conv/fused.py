@@ -70,39 +70,39 @@ def _ways(block: Tensor | None, write: Tensor, read: Tensor, decay: Tensor, reve
     """The recurrence and its gradient. block: (D, T, T). write: (D, T, 2 N). read: (D, 2 N, T)."""
     block = None if block is None else block.contiguous()
     states = decay.shape[1]
-    by_t, by_n = (write.contiguous(), 2 * states, 2, 1), (read.contiguous(), 1, 2 * CHUNK, CHUNK)
+    writes, reads = (write.contiguous(), 2 * states, 2, 1), (read.contiguous(), 1, 2 * CHUNK, CHUNK)
     decay = decay.contiguous()
     return (
-        Way((block, CHUNK, 1), by_t, by_n, decay, False, reverse),
-        Way((block, 1, CHUNK), by_n, by_t, decay, True, not reverse),
+        Way((block, CHUNK, 1), writes, reads, decay, False, reverse),
+        Way((block, 1, CHUNK), reads, writes, decay, True, not reverse),
     )
 
 
-def _run(way: Way, x: Tensor, first: Tensor, last: Tensor, arriving: Tensor, *, save: bool) -> tuple[Tensor, ...]:
+def _run(
+    way: Way, x: Tensor, first: Tensor, last: Tensor, arriving: Tensor, *, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y (D, B, L); the states before `last`, or the last one of a gradient (D, B, N, 2); those before the segments."""
     (dim, batch, length), states, decay = x.shape, first.shape[2], way.decay
     rows, piece, number = plan(batch, length, dim)
     wanted, asked = torch.zeros_like(first), last.shape[0] > 0
     kept = first.new_empty((dim, batch, -(-length // (rows * CHUNK)), states, 2) if save else 0)
     y, grid, before = torch.empty_like(x), (dim * batch * number,), first
+    (block, *block_at), (write, *write_at), (read, *read_at) = way.block, way.write, way.read
     options = {"M": rows, "DOWN": way.down, "GRADIENT": way.gradient, **_options(x, states)}
     if number > 1:
         before = first.new_empty(dim, batch, number, states, 2)
-        table, *strides = way.write
         piece_ends[grid](
-            x, table, decay, last, arriving, before, batch, length, number, piece, states, *strides,
+            x, write, decay, last, arriving, before, batch, length, number, piece, states, *write_at,
             LAST=asked, num_warps=4, **options,
         )  # fmt: skip
         carry_over[dim * batch,](
             before, decay, first, batch, number, piece // CHUNK, states,
             BN=options["BN"], DOWN=way.down, GRADIENT=way.gradient, num_warps=1,
         )  # fmt: skip
-    tables, strides = zip(*((table, strides) for table, *strides in (way.block, way.write, way.read)), strict=True)
     chunk_outputs[grid](
-        x, *tables, decay, before, last, arriving, y, wanted, kept,
-        batch, length, number, piece, -(-length // (rows * CHUNK)), states,
-        *strides[1], *strides[2], *strides[0],
-        BLOCK=tables[0] is not None, LAST=asked, SAVE=save, num_warps=2, **options,
+        x, block, write, read, decay, before, last, arriving, y, wanted, kept,
+        batch, length, number, piece, -(-length // (rows * CHUNK)), states, *write_at, *read_at, *block_at,
+        BLOCK=block is not None, LAST=asked, SAVE=save, num_warps=2, **options,
     )  # fmt: skip
     return y, wanted, kept
 
@@ -122,8 +122,7 @@ def _forward(
     """y (D, B, L), the states before the chunks `last` (D, B, N, 2), and before the segments (none unless save)."""
     first = decay.new_zeros(x.shape[2], x.shape[0], *decay.shape[1:]) if start is None else start.contiguous()
     way, _ = _ways(block, write, read, decay, reverse)
-    y, wanted, kept = _run(way, _channels(x), first, last, first, save=save)
-    return y, wanted, kept
+    return _run(way, _channels(x), first, last, first, save=save)
 
 
 @torch.library.custom_op("seqzoo::chunk_recurrence_triton_backward", mutates_args=())
@@ -155,7 +154,8 @@ def _backward(
             M=plan(batch, length, dim).rows, DOWN=reverse, BLOCK=block is not None, LAST=last.shape[0] > 0,
             INPUT=inputs, STATES=within, num_warps=4 if together else 8, **_options(x, states),
         )  # fmt: skip
-    return dx, dblock if block is None else dblock.sum(0), *(t.sum(0) for t in sums), leaving
+    dwrite, dread, ddecay = (t.sum(0) for t in sums)
+    return dx, dblock if block is None else dblock.sum(0), dwrite, dread, ddecay, leaving
 
 
 @_forward.register_fake
