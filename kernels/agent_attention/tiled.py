@@ -145,7 +145,7 @@ def _backward(
         do, values = do.transpose(1, 2), two.real_agents(gathered)
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         dagents, dgathered = torch.zeros_like(two.agents, dtype=two.wide), torch.zeros_like(gathered)
-        dbias = [None if t is None else torch.zeros_like(t, dtype=two.wide) for t in (bias1, bias2)]
+        dbias = [None if t is None else t.new_zeros(t.shape, dtype=two.wide) for t in (bias1, bias2)]
         for rows, tokens in two.reading():
             queries, g = two.read(two.q, rows, tokens), two.read(do, rows, tokens)
             share = two.shares(rows, tokens, queries, broadcast_scale)
@@ -170,7 +170,7 @@ def _backward(
             dk[rows, tokens] = (ds.transpose(2, 3) @ two.agents[rows].to(two.wide)).transpose(1, 2)
             dagents[rows] += ds @ keys
         d1, d2 = (lse.new_empty(0) if t is None else t for t in dbias)
-        return dq, dagents.transpose(1, 2).to(agents.dtype, memory_format=torch.contiguous_format), dk, dv, d1, d2
+        return dq, dagents.transpose(1, 2).contiguous().to(agents.dtype), dk, dv, d1, d2
 
 
 @_forward.register_fake

@@ -195,7 +195,7 @@ def _backward(
         delta = tables.queries((do.to(tables.wide) * o.to(tables.wide)).sum(3, keepdim=True)).squeeze(1)
         dq = torch.zeros(len(tables.q) + 1, q.shape[3], dtype=tables.wide, device=q.device)
         dk, dv = (torch.zeros_like(t, dtype=tables.wide) for t in (tables.k, tables.v))
-        dweight = torch.zeros_like(weight if weight is not None else lse[:0], dtype=tables.wide)
+        dweight = lse.new_zeros(0 if weight is None else weight.shape, dtype=tables.wide)
         for step in tables.steps():
             rows = step.q.shape[1]
             g = tables.query_rows(grad, step.q_at, rows)

@@ -152,7 +152,7 @@ def _backward(
                 du[rows, at] = dx_RTE * tokens.dt
                 ddt[rows, at] = torch.mul(w, a_NE, out=scratch).sum(2).addcmul_(dx_RTE, tokens.u)
                 da_NE += w.mul_(tokens.dt[:, :, None]).sum((0, 1))
-    return du, ddt, da_NE.t().to(a.dtype, copy=True), db, dc, dh_BNE.transpose(1, 2).contiguous()
+    return du, ddt, da_NE.t().contiguous().to(a.dtype), db, dc, dh_BNE.transpose(1, 2).contiguous()
 
 
 @_forward.register_fake

@@ -127,14 +127,13 @@ def average(draw, backend):
 
 
 BOTH = "", "_backward"
-STRIDES = pytest.mark.xfail(reason="a gradient lies as its input or a product does, its fake says dense")
 CPU = [
     (softmax_band, "sdpa", "softmax_band", BOTH),
-    pytest.param(agent, "tiled", "agent_attention", BOTH, marks=STRIDES),
+    (agent, "tiled", "agent_attention", BOTH),
     (lse, "flash", "attention_with_lse", BOTH),
     (scan, "chunked", "associative_scan", ("",)),  # its gradient is a scan
-    pytest.param(selective, "chunked", "selective_scan", BOTH, marks=STRIDES),
-    pytest.param(blocks, "chunked", "block_sparse", BOTH, marks=STRIDES),
+    (selective, "chunked", "selective_scan", BOTH),
+    (blocks, "chunked", "block_sparse", BOTH),
     (prob, "chunked", "prob_sparse_sampled", ("",)),  # chooses, without a gradient
     (gated, "chunked", "gated_linear_attention", BOTH),
     (linear, "chunked", "linear_attention", BOTH),
