@@ -42,7 +42,10 @@ def _gigabytes(number: float) -> str:
 
 
 def batch_size_of(batch: Any) -> int:
-    """Windows or sequences in a batch: the first dimension of its first tensor; 0 where there is none."""
+    """What a batch holds: its tokens where it has some by that name, packed or not; else windows or sequences, the
+    first dimension of its first tensor; 0 where there is none."""
+    if isinstance(batch, dict) and isinstance(batch.get("tokens"), torch.Tensor):
+        return batch["tokens"].numel()
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.dim() else 0
     parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
@@ -50,10 +53,10 @@ def batch_size_of(batch: Any) -> int:
 
 
 class Rate:
-    """Samples a second over the last `window` seconds, without what passes between stages."""
+    """Samples (or tokens) a second over the last `window` seconds, without what passes between stages."""
 
-    def __init__(self, window: float = 10.0) -> None:
-        self.window = window
+    def __init__(self, window: float = 10.0, unit: str = "samples") -> None:
+        self.window, self.unit = window, unit
         self.marks: deque[tuple[float, int]] = deque()
         self.total = 0
 
@@ -73,7 +76,7 @@ class Rate:
             self.marks.popleft()
 
     def __call__(self) -> float:
-        """Samples a second, NaN before there are two marks."""
+        """Of them a second, NaN before there are two marks."""
         if len(self.marks) < 2:
             return math.nan
         (then, before), (now, after) = self.marks[0], self.marks[-1]
@@ -81,7 +84,7 @@ class Rate:
 
     def __str__(self) -> str:
         rate = self()
-        return "" if math.isnan(rate) else f"{rate:,.0f} samples/s" if rate >= 10 else f"{rate:.2f} samples/s"
+        return "" if math.isnan(rate) else f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
 
 
 class SeqzooProgress(ProgressBar):
@@ -142,6 +145,7 @@ class SeqzooProgress(ProgressBar):
             self.begin(label, total)
 
     def _step(self, batch: Any, done: int, total: float) -> None:
+        self.rate.unit = "tokens" if isinstance(batch, dict) and "tokens" in batch else "samples"
         self.rate.add(batch_size_of(batch) * self.trainer.world_size)
         if self.enabled:
             self.advance(done, total)

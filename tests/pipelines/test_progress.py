@@ -164,6 +164,7 @@ def test_validation_within_an_epoch_does_not_slow_the_rate_of_the_epoch(monkeypa
 
 def test_batch_size_and_memory():
     assert batch_size_of({"a": None, "x": torch.zeros(5, 2)}) == 5
+    assert batch_size_of({"start": torch.zeros(9), "tokens": torch.zeros(1, 40)}) == 40
     assert batch_size_of([torch.zeros(3), torch.zeros(4)]) == 3
     assert batch_size_of("x") == 0 and batch_size_of(torch.tensor(1)) == 0
     assert re.fullmatch(r"\d+ MB|\d+\.\d GB", peak_memory().split(" + ")[0])

@@ -93,6 +93,11 @@ def test_fit_leaves_scores_beside_compressors(fitted: tuple[Path, dict[str, Any]
     assert json.loads((run_dir / "metrics.json").read_text())["test/bits_per_byte"] == metrics["test/bits_per_byte"]
 
 
+def test_the_bar_counts_tokens(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", folder, tmp_path / "bar", "callbacks.progress=plain", "test_after_fit=false", "trainer.max_epochs=1")
+    assert "tokens/s" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("size", [1, 7])
 def test_scores_do_not_depend_on_the_batch(fitted: tuple[Path, dict[str, Any]], folder: Path, size: int) -> None:
     run_dir, metrics = fitted
