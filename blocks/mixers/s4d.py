@@ -15,7 +15,7 @@ from ..protocol import Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 _ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU, "none": nn.Identity}
-_BACKENDS = ("auto", "chunked", "fft", "naive")
+_BACKENDS = ("auto", "triton", "chunked", "fft", "naive")
 
 
 class S4DState(NamedTuple):
@@ -87,7 +87,7 @@ class S4D(Mixer):
         cross: bool = False,
         rate: float = 1.0,
         lr_max: float | None = 1e-3,
-        backend: Literal["auto", "chunked", "fft", "naive"] = "auto",
+        backend: Literal["auto", "triton", "chunked", "fft", "naive"] = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
