@@ -191,7 +191,7 @@ def test_low_precision_keeps_an_fp32_state():
         ({"discretization": "zho"}, "zoh"),
         ({"activation": "gleu"}, "gelu"),
         ({"output": "gule"}, "output='gule'"),
-        ({"backend": "triton"}, "backend='triton'"),
+        ({"backend": "fast"}, "backend='fast'"),
         ({"dt_min": 0.2}, "dt_min=0.2"),
         ({"rate": 0.0}, "rate=0.0"),
         ({"lr_max": -1.0}, "lr_max=-1.0"),
