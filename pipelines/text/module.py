@@ -181,8 +181,6 @@ class LanguageModule(TrainingModule):
         self._state = None
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if batch_idx == 0:
-            self._state = None
         self._add(self.test_sums[self._protocols[dataloader_idx]], batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
