@@ -158,7 +158,7 @@ class TextData(L.LightningDataModule):
         if protocol == "carried":
             rows = self.batch_size if training else self.eval_batch_size
             return CarriedRows(self.corpus, documents, self.seq_len, rows, shuffle=training, seed=self.seed)
-        return PackedRows(self.corpus, documents, self.seq_len, seed=self.seed if training else 0)
+        return PackedRows(self.corpus, documents, self.seq_len, seed=self.seed if training else 0, fill=training)
 
     def train_dataloader(self) -> DataLoader[Any]:
         if self.carry_state:

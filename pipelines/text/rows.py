@@ -32,10 +32,13 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     `dataset[indices]` is a batch. Where every row is one piece of seq_len tokens: tokens and targets, int64
     (B, seq_len), and start (B,), the position of its first token in its document. Else the pieces one after another,
     tokens and targets (1, T), with cu_seqlens, int32 (N + 1,), and start (N,): nothing is padded. seed: decides which
-    short pieces share a row.
+    short pieces share a row. fill: cut a piece that does not fit what is left of a row, so that every row but the last
+    is full; without it, and with seq_len as long as a document, a document is always whole.
     """
 
-    def __init__(self, corpus: Corpus, documents: np.ndarray, seq_len: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, corpus: Corpus, documents: np.ndarray, seq_len: int, *, seed: int = 0, fill: bool = False
+    ) -> None:
         self.corpus, self.seq_len = corpus, seq_len
         begins, sizes = corpus.bounds[documents], np.diff(corpus.bounds)[documents] - 1
         count = -(-sizes // seq_len)
@@ -46,6 +49,10 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         self.length = np.minimum(sizes[number] - self.start, seq_len).astype(np.int32)
         full, short = np.flatnonzero(self.length == seq_len), np.flatnonzero(self.length < seq_len)
         np.random.default_rng([seed, 1]).shuffle(short)
+        if fill:
+            # Full rows all have one shape: batches of ever new lengths fill the caches of compiled products.
+            self._bounds = self._cut(full, short)
+            return
         # Next fit: a row is closed by the first piece that no longer fits.
         ends, room = [], 0
         for place, size in enumerate(self.length[short].tolist()):
@@ -53,8 +60,23 @@ class PackedRows(Dataset[dict[str, Tensor]]):
                 ends.append(place)
                 room = seq_len
             room -= size
-        self._order = np.concatenate([full, short])
-        self._bounds = np.concatenate([np.arange(len(full)), np.array([*ends, len(short)], dtype=np.int64) + len(full)])
+        self._order = np.append(full, short)
+        self._bounds = np.append(np.arange(len(full)), np.array([*ends, len(short)], dtype=np.int64) + len(full))
+
+    def _cut(self, full: np.ndarray, short: np.ndarray) -> np.ndarray:
+        """Cut the short pieces, one after another, where a row is full; returns the bounds of rows."""
+        seq_len, ends = self.seq_len, np.cumsum(self.length[short], dtype=np.int64)
+        total = int(ends[-1]) if len(ends) else 0
+        cuts = np.unique(np.concatenate([[0], ends, np.arange(0, total, seq_len)]))
+        begins, sizes = cuts[:-1], np.diff(cuts)
+        piece = np.searchsorted(ends, begins, side="right")
+        offset = begins - (ends[piece] - self.length[short[piece]]) if len(begins) else begins
+        whole, owner = np.append(full, short[piece]), np.append(np.zeros(len(full), dtype=np.int64), offset)
+        self.start, self.first = self.start[whole] + owner, self.first[whole] + owner
+        self.length = np.append(np.full(len(full), seq_len), sizes).astype(np.int32)
+        self._order = np.arange(len(whole))
+        rows = np.append(np.searchsorted(begins, np.arange(0, total, seq_len)), len(begins)) + len(full)
+        return np.append(np.arange(len(full)), rows)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1

@@ -43,9 +43,11 @@ def whole(name: str, content: bytes | mmap.mmap) -> Document:
 
 
 def standard_library() -> list[Path]:
-    """The Python sources of the standard library, tests left out, in order of their names."""
+    """The Python sources of the standard library in order of their names, without tests, and without the file that the
+    build of this Python wrote (its paths and flags)."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(p for p in root.rglob("*.py") if not _NOT_SOURCES & set(p.relative_to(root).parts))
+    files = (p for p in root.rglob("*.py") if not _NOT_SOURCES & set(p.relative_to(root).parts))
+    return sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
 
 
 def source_files(path: str | Path) -> list[Path]:

@@ -41,12 +41,12 @@ def expected(corpus: Corpus, documents: np.ndarray) -> list[tuple[int, int, int]
 
 
 @pytest.mark.parametrize("seq_len", [1, 8, 16, 100])
-@pytest.mark.parametrize("kind", ["packed", "sliding", "carried", "carried shuffled"])
+@pytest.mark.parametrize("kind", ["packed", "filled", "sliding", "carried", "carried shuffled"])
 @pytest.mark.parametrize("documents", [ALL, np.array([5]), np.array([3, 1])], ids=["all", "one", "short"])
 def test_every_prediction_comes_once(corpus: Corpus, seq_len: int, kind: str, documents: np.ndarray) -> None:
     for size in (1, 3, 50):
-        if kind == "packed":
-            rows = PackedRows(corpus, documents, seq_len, seed=size)
+        if kind in ("packed", "filled"):
+            rows = PackedRows(corpus, documents, seq_len, seed=size, fill=kind == "filled")
         elif kind == "sliding":
             rows = SlidingRows(corpus, documents, seq_len, max(1, seq_len // size))
         else:
@@ -65,6 +65,13 @@ def test_packed_rows_are_nearly_full_and_never_padded(corpus: Corpus) -> None:
     assert len(rows) <= sum(SIZES) / 16 + 2
     full = rows[np.arange(6)]  # 2 of document 0, 1 of 2, 4 of 5: whole rows first
     assert full["tokens"].shape == (6, 16) and "cu_seqlens" not in full
+
+
+@pytest.mark.parametrize("seq_len", [4, 16, 50])
+def test_filled_rows_are_full(corpus: Corpus, seq_len: int) -> None:
+    rows = PackedRows(corpus, ALL, seq_len, fill=True)
+    sizes = [rows[i]["tokens"].numel() for i in range(len(rows))]
+    assert sizes[:-1] == [seq_len] * (len(rows) - 1) and sum(sizes) == sum(SIZES)
 
 
 def test_sliding_windows_have_their_context(corpus: Corpus) -> None:
