@@ -183,7 +183,7 @@ def _draw(scores: dict[str, Any], run_dir: Path) -> None:
     plot_curves(
         curves,
         run_dir / "loss_by_position.png",
-        title="is long context used?",
+        title="loss by position in the document",
         xlabel="tokens before it in the document",
         ylabel="bits per token",
         log_x=True,
