@@ -35,7 +35,7 @@ EXAMPLES = (
     "lightning fit experiment=forecasting/weather mixer=linear trainer.max_epochs=3",
     "lightning fit data=csv data.path=sales.csv data.targets=[sales] data.pred_len=14",
     "lightning fit experiment=text/stdlib_bytes data=text data.path=books/",
-    "lightning predict ckpt_path=best task=text task.prompt='Once upon a time'",
+    "lightning predict experiment=text/stdlib_bytes ckpt_path=best task.prompt='Once upon a time'",
     "lightning fit mixer._target_=my_module.MyMixer mixer.my_option=3",
     "lightning fit -m mixer=softmax,linear,s4d seed=0,1",
     "lightning test ckpt_path=runs/forecasting/<run>/checkpoints/last.ckpt",

@@ -24,6 +24,7 @@ _PLAIN = {
     "-sc",
     "--hydra-help",
 }
+_TEXTS = {"task.prompt"}  # values that are read as they stand
 _OURS = {"--config-dir", "-cd", "--allow", "--help", "-h"}
 
 
@@ -56,6 +57,14 @@ def quote(value: str) -> str:
     return "'" + re.sub(r"(\\+)$", r"\1\1", value.replace("'", "\\'")) + "'"
 
 
+def _as_text(word: str) -> str:
+    """A prompt may hold whatever Hydra's grammar gives a meaning: brackets, commas, equal signs."""
+    prefix, key, value = split_override(word)
+    if key not in _TEXTS or not value or value[0] in "'\"[$" or value == "null":
+        return word
+    return f"{prefix}{key}={quote(value)}"
+
+
 def parse_arguments(command: str, arguments: Sequence[str]) -> Request:
     """Sort the words of a command line. Raises UserError for an unknown flag or one without its value."""
     overrides: list[str] = []
@@ -67,7 +76,7 @@ def parse_arguments(command: str, arguments: Sequence[str]) -> Request:
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
-            overrides.append(word)
+            overrides.append(_as_text(word))
             continue
         name, equals, value = word.partition("=")
         if name in _PLAIN:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import platform
@@ -21,12 +20,7 @@ from .errors import UserError, user_errors
 from .instantiate import safe_instantiate
 from .progress import progress_callback
 from .results import write_metrics
-from .validate import validate_names
-
-
-def task_package(name: str) -> Any:
-    """The `task` module of a pipeline: build_data, build_module, load_module, report, predict."""
-    return importlib.import_module(f".{name}.task", __package__)
+from .validate import task_package, validate_names
 
 
 def execute(command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:

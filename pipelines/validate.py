@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -60,6 +61,11 @@ def list_tasks() -> list[str]:
     return sorted(folder.name for folder in root.iterdir() if folder.is_dir() and (folder / "task.py").is_file())
 
 
+def task_package(name: str) -> Any:
+    """The `task` module of a pipeline: build_data, build_module, load_module, report, predict."""
+    return importlib.import_module(f".{name}.task", __package__)
+
+
 def _check_name(cfg: Mapping[str, Any], group: str, known: Sequence[str]) -> str:
     name = _get(cfg, f"{group}.name")
     if not isinstance(name, str):
@@ -110,8 +116,6 @@ def validate_names(cfg: Mapping[str, Any]) -> None:
 def _constructors(task: str) -> dict[str, set[str]]:
     """Sections whose keys are the arguments of one class: the Trainer, the task's data."""
     import lightning
-
-    from .run import task_package
 
     return {
         "trainer": {*inspect.signature(lightning.Trainer.__init__).parameters, "compile"} - {"self"},

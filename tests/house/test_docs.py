@@ -112,7 +112,8 @@ def test_the_command_lines_in_the_documents_compose(tmp_path: Path, monkeypatch:
         request = parse_arguments(words[1], words[2:])
         sets = [re.sub(r"(\w)=([^\[,]+),.*", r"\1=\2", word) for word in complete_mixer(request.overrides)]
         with initialize_config_module("seqzoo.conf", version_base="1.3"):
-            assert compose("config", overrides=sets)["task"]["name"] == "forecasting"
+            cfg = compose("config", overrides=sets)
+        assert cfg["task"]["name"] == model_info(cfg["model"]["name"]).task, words
 
 
 def test_the_extras_of_the_readme_are_those_of_the_package():

@@ -63,7 +63,7 @@ def test_a_matrix_moves_by_an_orthogonal_step_and_a_vector_as_adamw_moves_it() -
     weight, before = net.backbone.blocks[0].mixer.out_proj.weight, model().backbone.blocks[0].mixer.out_proj.weight
     singular = torch.linalg.svdvals((before - weight).double().detach() / 0.02)
     assert singular.max() < 1.3 and (singular > 0.6).double().mean() > 0.8  # Newton-Schulz brings them near 1
-    norm, other = (m.backbone.blocks[0].mixer_norm.weight for m in (net, twin))
+    norm, other = (m.backbone.norm.weight for m in (net, twin))
     torch.testing.assert_close(norm, other)
 
 

@@ -82,3 +82,14 @@ def test_quote_is_read_back_by_hydra(value: str) -> None:
 def test_nearest() -> None:
     assert nearest("softmx", ["softmax", "linear"]) == " Did you mean softmax?"
     assert nearest("zzz", ["softmax", "linear"]) == " Known: linear, softmax."
+
+
+@pytest.mark.parametrize("text", ["def main(", "a, b = c", "it's {", "x=\\"])
+def test_a_prompt_is_read_as_it_stands(text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (word,) = parse_arguments("predict", [f"task.prompt={text}"]).overrides
+    (override,) = OverridesParser.create().parse_overrides([word])
+    assert override.value() == text
+    for kept in ("task.prompt=null", "task.prompt=['a', 'b']", "task.prompt='quoted ('", "task.seed=a(b)"):
+        assert parse_arguments("predict", [kept]).overrides == [kept]
