@@ -36,9 +36,7 @@ def continue_prompts(module: LanguageModule, task: dict[str, Any], *, seed: int)
     stops = [tokenizer.encode(_bytes(s)).tolist() for s in task["stop"]]
     options = {key: task[key] for key in _OPTIONS}
     found: list[list[int]] = [[] for _ in prompts]
-    shown = 0
-    if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
+    shown, begun = 0, False
     try:
         steps = generate_tokens(
             module.net, encoded, stop=stops, stop_tokens=[tokenizer.separator], seed=seed, **options
@@ -53,6 +51,9 @@ def continue_prompts(module: LanguageModule, task: dict[str, Any], *, seed: int)
             if cut:
                 del found[row][-cut:]
         if len(prompts) == 1:
+            if not begun:  # only now: what is logged while the prompt is read stands above it
+                print(prompts[0], end="")
+                begun = True
             shown = _show(tokenizer, found[0], shown)
     texts = [tokenizer.decode(tokens).decode("utf-8", "replace") for tokens in found]
     if len(prompts) == 1:
