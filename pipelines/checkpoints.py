@@ -136,6 +136,22 @@ def load_checkpoint(
     return content
 
 
+def saved_parameters(checkpoint: dict[str, Any], task: str, path: Path) -> dict[str, Any]:
+    """What the module of a checkpoint was built with: model, task, optimizer, scheduler, schema.
+
+    Raises UserError, naming the task, when it is not one of this task.
+    """
+    saved = checkpoint.get("hyper_parameters", {})
+    wanted = ("model", "task", "optimizer", "scheduler", "schema")
+    missing = sorted(set(wanted) - set(saved))
+    if missing:
+        raise UserError(f"{path} is no {task} checkpoint of seqzoo: it lacks {', '.join(missing)}")
+    found = saved["task"].get("name", task)
+    if found != task:
+        raise UserError(f"{path} is a checkpoint of task={found}, not {task}: give its experiment, or task={found}")
+    return {key: saved[key] for key in wanted}
+
+
 def _no_such_checkpoint(path: Path) -> str:
     folder = path.parent
     near = sorted(p.name for p in folder.glob("*.ckpt"))[:5] if folder.is_dir() else []

@@ -23,6 +23,12 @@ def nearest(name: str, known: Iterable[str], *, number: int = 3) -> str:
     return f" Known: {', '.join(known)}." if known else ""
 
 
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise UserError unless the value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
 def one_line(text: object) -> str:
     """The text with every run of white space as one blank."""
     return " ".join(str(text).split())

@@ -106,8 +106,8 @@ class ResumableLoader(DataLoader[Any]):
                 batches = super().__iter__()
             yield from batches
             return
-        # In this process a batch is the dataset's own: what the base class does around it for the profiler takes a
-        # fifth of the time. The seed is drawn all the same, so that what is drawn next depends on no option.
+        # In this process a batch is the dataset's own: the base class calls the profiler around it, which costs as much
+        # as a few of its tensors. The seed is drawn all the same, so that what is drawn next depends on no option.
         if not begun:
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         for indices in sampler:
@@ -123,6 +123,17 @@ class ResumableLoader(DataLoader[Any]):
         if isinstance(sampler, IndexSampler):
             sampler.set_epoch(state["epoch"])
             self._taken = sampler.position = state["taken"] if state["taken"] < len(sampler) else 0
+
+
+def loader_options(num_workers: int) -> dict[str, Any]:
+    """Arguments of a DataLoader over an `IndexSampler`, whose items are batches already."""
+    return {
+        "batch_size": None,
+        "collate_fn": identity,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
 
 
 def identity(batch: dict[str, Any]) -> dict[str, Any]:

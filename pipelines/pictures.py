@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
 
 
 @contextlib.contextmanager
-def _figure(path: str | Path) -> Iterator[Any]:
+def new_figure(path: str | Path) -> Iterator[Any]:
     """Give a matplotlib Figure, saved to `path` (all or nothing) at the end; no window system is touched."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,7 +62,7 @@ def _figure(path: str | Path) -> Iterator[Any]:
             figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png")
 
 
-def _can_draw(what: str) -> bool:
+def can_draw(what: str) -> bool:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -96,7 +96,7 @@ def plot_forecasts(
     the forecast has a quarter of the width. At most `max_channels` panels are drawn. Returns the path, None
     without matplotlib.
     """
-    if not _can_draw("the forecasts"):
+    if not can_draw("the forecasts"):
         return None
     steps, width = forecasts.shape
     shown = min(width, max_channels)
@@ -107,7 +107,7 @@ def plot_forecasts(
     names = list(channels) if channels is not None else [f"channel {i}" for i in range(width)]
     rows, columns = _grid(shown)
 
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         figure.set_size_inches(4.4 * columns if columns > 1 else 7.5, 2.2 * rows + 0.9)
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
         for panel in axes[shown:]:
@@ -200,12 +200,12 @@ def plot_error_by_horizon(
     by marker as well as by colour, and named in the order in which they end. Returns the path, None without
     matplotlib.
     """
-    if not _can_draw("the error by horizon"):
+    if not can_draw("the error by horizon"):
         return None
     if not table:
         raise ValueError("table is empty: there is no error to draw")
     model = next(iter(table)) if model is None else model
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         figure.set_size_inches(7.2, 4.2)
         panel = figure.subplots()
         others = [name for name in table if name != model]
@@ -267,13 +267,13 @@ def read_loss_curves(csv_path: str | Path) -> dict[str, tuple[list[float], list[
 
 def plot_loss_curves(csv_path: str | Path, path: str | Path, *, loss: str = "loss", title: str = "") -> Path | None:
     """Training and validation loss over optimizer steps, from Lightning's CSVLogger, with the best marked."""
-    if not _can_draw("the loss curves"):
+    if not can_draw("the loss curves"):
         return None
     curves = read_loss_curves(csv_path)
     if not curves:
         log.warning("no picture of the loss curves: %s holds no train or val loss", csv_path)
         return None
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         figure.set_size_inches(6.4, 3.6)
         panel = figure.subplots()
         for curve, color, label in (("train", MODEL, "training"), ("val", OTHERS[0], "validation")):
@@ -306,9 +306,9 @@ def plot_curves(
     log_x: bool = False,
 ) -> Path | None:
     """A few named curves in one panel; the first in the model's colour."""
-    if not _can_draw(title or "the curves"):
+    if not can_draw(title or "the curves"):
         return None
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         figure.set_size_inches(6.4, 3.6)
         panel = figure.subplots()
         for i, (name, (x, y)) in enumerate(curves.items()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .naive import ABSENT
 
-# Scores of a tile: these fill a second cache of 1 MiB; a quarter more or less time at half or twice as many.
+# Scores of a tile: as float32 they fill a second cache of 1 MiB.
 _TILE = 1 << 18
 
 

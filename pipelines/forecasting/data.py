@@ -8,11 +8,10 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
-from ..errors import UserError
-from ..loading import IndexSampler, ResumableLoader, identity
+from ..errors import UserError, check_whole
+from ..loading import IndexSampler, ResumableLoader, loader_options
 from .calendar import calendar_fields, same_frequency
 from .frequency import parse_frequency
 from .ingest import show_time
@@ -78,8 +77,7 @@ class ForecastData(L.LightningDataModule):
             ("steps", 1 if steps is None else steps, 1),
             ("num_workers", num_workers, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"data.{name}={value!r} must be a whole number of at least {least}")
+            check_whole(f"data.{name}", value, least)
         for name, choice, choices in (
             ("gaps", gaps, GAPS),
             ("split", split, PROTOCOLS),
@@ -212,7 +210,7 @@ class ForecastData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         dataset = self.dataset("train")
         sampler = IndexSampler(len(dataset), self.batch_size, shuffle=True, seed=self.seed, steps=self.steps)
-        return ResumableLoader(dataset, sampler=sampler, **self._loader_options())
+        return ResumableLoader(dataset, sampler=sampler, **loader_options(self.num_workers))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._evaluation("val")
@@ -227,16 +225,9 @@ class ForecastData(L.LightningDataModule):
         dataset = self.dataset(stage)
         if not len(dataset):
             return []
-        return DataLoader(dataset, sampler=IndexSampler(len(dataset), self.eval_batch_size), **self._loader_options())
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "batch_size": None,  # the sampler's items are batches
-            "collate_fn": identity,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return DataLoader(
+            dataset, sampler=IndexSampler(len(dataset), self.eval_batch_size), **loader_options(self.num_workers)
+        )
 
     def _load(self) -> SeriesTable:
         if self._table is not None:

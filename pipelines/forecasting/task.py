@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...zoo import save_model
+from ..checkpoints import saved_parameters
 from ..errors import UserError
 from ..instantiate import mixer_class
 from ..results import print_table, write_csv, write_metrics
@@ -50,13 +51,8 @@ def build_module(cfg: dict[str, Any], data: ForecastData) -> ForecastModule:
 
 def load_module(checkpoint: dict[str, Any], path: Path, cfg: dict[str, Any]) -> ForecastModule:
     """The module that a checkpoint holds. Raises UserError when it is not one of forecasting."""
-    saved = checkpoint.get("hyper_parameters", {})
-    wanted = {"model", "task", "optimizer", "scheduler", "schema"}
-    if not wanted <= set(saved):
-        raise UserError(
-            f"{path} is no forecasting checkpoint of seqzoo: it lacks {', '.join(sorted(wanted - set(saved)))}"
-        )
-    module = ForecastModule(**{k: saved[k] for k in wanted}, mixer_class=mixer_class(saved["model"], cfg))
+    saved = saved_parameters(checkpoint, "forecasting", path)
+    module = ForecastModule(**saved, mixer_class=mixer_class(saved["model"], cfg))
     module.load_state_dict(checkpoint["state_dict"])
     return module
 

@@ -156,6 +156,8 @@ def _enough(documents: Iterator[Document], ratio: list[float]) -> tuple[Iterator
         stop = end if i == wanted[-1] else _line_end(content, begin, first[0].begin + int(first[0].size * done / total))
         parts.append(Document(f"{name}[{SPLITS[i]}]", content, begin, stop))
         begin = stop
+    if not all(part.size for part in parts):
+        return iter(first), None  # too little to be cut
     return iter(parts), np.array(wanted, dtype=np.uint8)
 
 

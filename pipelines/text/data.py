@@ -9,12 +9,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..atomic import atomic_write_text
-from ..errors import UserError, nearest
-from ..loading import IndexSampler, ResumableLoader, identity
+from ..errors import UserError, check_whole, nearest
+from ..loading import IndexSampler, ResumableLoader, loader_options
 from .compressors import baselines
 from .corpus import SPLITS, Corpus, load_corpus
 from .rows import CarriedRows, PackedRows, SlidingRows
@@ -33,9 +32,9 @@ class TextData(L.LightningDataModule):
     batches in an epoch (default: all rows once). eval_stride: tokens between two windows of the sliding protocol.
     num_workers: loader processes. seed: of the shuffling.
 
-    `carry_state` (False), `wanted` (protocols by name, or "auto") and `protocols` (those that the model can have) may
-    be set before the loaders are made; the task does so. Raises UserError in the constructor for arguments that make
-    no sense, in `setup` for files that do not fit them.
+    `carry_state` (False), `tested` (False: a fit needs no test documents), `wanted` (protocols by name, or "auto") and
+    `protocols` (those that the model can have) may be set before the loaders are made; the task does so. Raises
+    UserError in the constructor for arguments that make no sense, in `setup` for files that do not fit them.
     """
 
     def __init__(
@@ -68,8 +67,7 @@ class TextData(L.LightningDataModule):
             ("limit", 1 if limit is None else limit, 1),
             ("num_workers", num_workers, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"data.{name}={value!r} must be a whole number of at least {least}")
+            check_whole(f"data.{name}", value, least)
         if len(split_ratio) != 3 or min(split_ratio) < 0 or not split_ratio[0] > 0:
             raise UserError(f"data.split_ratio={list(split_ratio)} must be three parts: train (above 0), val, test")
         if eval_stride is not None and eval_stride > seq_len:
@@ -89,6 +87,7 @@ class TextData(L.LightningDataModule):
         self.steps, self.num_workers, self.seed = steps, num_workers, seed
         self.carry_state = False
         self.wanted: Any = "auto"
+        self.tested = False
         self.protocols: tuple[str, ...] = ("rows",)
         self._tokenizer: Tokenizer | None = None
         self._corpus: Corpus | None = None
@@ -112,12 +111,14 @@ class TextData(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the corpus and see that the stage has documents."""
-        for needed in ("train", "val") if stage in (None, "fit") else ("val",) if stage == "validate" else ("test",):
+        stages = {"validate": ("val",), "test": ("test",)}
+        for needed in stages.get(stage or "fit", ("train", "val", "test") if self.tested else ("train", "val")):
             if not len(self.corpus.documents(needed)):
                 number = len(self.corpus.names)
+                hint = "; test_after_fit=false trains without" if needed == "test" and stage == "fit" else ""
                 raise UserError(
                     f"data.path={self.path}: no document for {needed}: {number} document(s), "
-                    f"data.split_ratio={self.sources['split_ratio']}"
+                    f"data.split_ratio={self.sources['split_ratio']}{hint}"
                 )
 
     def schema(self) -> dict[str, Any]:
@@ -168,7 +169,7 @@ class TextData(L.LightningDataModule):
             dataset = self.dataset("train")
             size = len(dataset)  # type: ignore[arg-type]
             sampler = IndexSampler(size, self.batch_size, shuffle=True, seed=self.seed, steps=self.steps)
-        return ResumableLoader(dataset, sampler=sampler, **self._loader_options())
+        return ResumableLoader(dataset, sampler=sampler, **loader_options(self.num_workers))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation("val", "rows")
@@ -179,13 +180,4 @@ class TextData(L.LightningDataModule):
     def _evaluation(self, stage: str, protocol: str) -> DataLoader[Any]:
         dataset = self.dataset(stage, protocol)
         size = 1 if protocol == "carried" else self.eval_batch_size
-        return DataLoader(dataset, sampler=IndexSampler(len(dataset), size), **self._loader_options())  # type: ignore[arg-type]
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "batch_size": None,  # the sampler's items are batches
-            "collate_fn": identity,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return DataLoader(dataset, sampler=IndexSampler(len(dataset), size), **loader_options(self.num_workers))  # type: ignore[arg-type]

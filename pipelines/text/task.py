@@ -11,6 +11,7 @@ import torch
 
 from ...zoo import save_model
 from ..atomic import atomic_write_text
+from ..checkpoints import saved_parameters
 from ..errors import UserError, nearest
 from ..instantiate import mixer_class
 from ..results import print_table, write_csv, write_metrics
@@ -38,7 +39,7 @@ def build_data(cfg: dict[str, Any]) -> TextData:
     if cfg["task"]["probes"] and cfg["task"]["objective"] != "next":
         raise UserError("task.probes asks for continuations: it needs task.objective=next")
     data = TextData(**cfg["data"], seed=cfg["seed"])
-    data.carry_state, data.wanted = cfg["task"]["carry_state"], wanted
+    data.carry_state, data.wanted, data.tested = cfg["task"]["carry_state"], wanted, bool(cfg.get("test_after_fit"))
     return data
 
 
@@ -52,11 +53,8 @@ def build_module(cfg: dict[str, Any], data: TextData) -> LanguageModule:
 
 def load_module(checkpoint: dict[str, Any], path: Path, cfg: dict[str, Any]) -> LanguageModule:
     """The module that a checkpoint holds. Raises UserError when it is not one of text."""
-    saved = checkpoint.get("hyper_parameters", {})
-    wanted = {"model", "task", "optimizer", "scheduler", "schema"}
-    if not wanted <= set(saved) or "tokenizer" not in saved.get("schema", {}):
-        raise UserError(f"{path} is no checkpoint of seqzoo's text models")
-    module = LanguageModule(**{k: saved[k] for k in wanted}, mixer_class=mixer_class(saved["model"], cfg))
+    saved = saved_parameters(checkpoint, "text", path)
+    module = LanguageModule(**saved, mixer_class=mixer_class(saved["model"], cfg))
     module.load_state_dict(checkpoint["state_dict"])
     return module
 

@@ -73,6 +73,8 @@ def test_a_single_document_is_cut_in_order_after_lines(tmp_path: Path) -> None:
     assert np.abs(found.sizes / len(text) - [0.9, 0.05, 0.05]).max() < 0.002
     whole = load_corpus(str(tmp_path / "one.txt"), BYTES, split_ratio=(1, 0, 0), cache_dir=tmp_path)
     assert whole.names == ["one.txt"]
+    (tmp_path / "byte.txt").write_bytes(b"x")
+    assert load_corpus(str(tmp_path / "byte.txt"), BYTES, cache_dir=tmp_path).names == ["byte.txt"]  # nothing to cut
 
 
 def test_splits_are_by_document_and_depend_on_names_alone() -> None:

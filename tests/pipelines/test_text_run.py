@@ -17,13 +17,14 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from seqzoo.blocks.sequence_model import SequenceOutput
-from seqzoo.pipelines.checkpoints import load_checkpoint
+from seqzoo.pipelines.checkpoints import load_checkpoint, saved_parameters
 from seqzoo.pipelines.errors import UserError
 from seqzoo.pipelines.run import execute
 from seqzoo.pipelines.text.probing import run_probes
 from seqzoo.pipelines.text.tokenizer import ByteTokenizer
 from seqzoo.zoo import load_model
 
+KEYS = ("model", "task", "optimizer", "scheduler", "schema")
 SMALL = [
     "task=text",
     "data=text",
@@ -218,6 +219,7 @@ def test_masked_models_learn_what_they_can(folder: Path, tmp_path: Path) -> None
         (["data.tokenizer=/nowhere/bpe.json"], "no such file"),
         (["data.split_ratio=[1,0,0]"], "no document for val"),
         (["data.split_ratio=[1,0]"], "must be three parts"),
+        (["data.split_ratio=[0.8,0.2,0]"], "no document for test.*test_after_fit=false"),
         (["data.eval_stride=64"], "must not be greater than data.seq_len=32"),
         (["data.seq_len=0"], "data.seq_len=0 must be greater than 0"),
         (["mixer=softmax", "task.carry_state=true"], "state of constant size"),
@@ -231,6 +233,20 @@ def test_masked_models_learn_what_they_can(folder: Path, tmp_path: Path) -> None
 def test_bad_input_is_named_before_training(folder: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run("fit", folder, tmp_path / "run", "trainer.max_epochs=1", "data.steps=1", *overrides)
+
+
+def test_a_checkpoint_of_another_task_is_refused(
+    fitted: tuple[Path, dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    path = fitted[0] / "checkpoints" / "best.ckpt"
+    other = ["task=forecasting", "data=csv", "data.path=a.csv", "model=patch_tiny"]
+    given = [*other, f"ckpt_path={path}", f"paths.runs={tmp_path}", "logger.tensorboard=false"]
+    with initialize_config_module("seqzoo.conf", version_base="1.3"):
+        cfg = OmegaConf.to_container(compose("config", overrides=given), resolve=True)
+    with pytest.raises(UserError, match="is a checkpoint of task=text, not forecasting"):
+        execute("predict", cfg, tmp_path / "run")
+    with pytest.raises(UserError, match="is a checkpoint of task=forecasting, not text"):
+        saved_parameters({"hyper_parameters": {k: {"name": "forecasting"} for k in KEYS}}, "text", path)
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(

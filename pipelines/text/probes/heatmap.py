@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...pictures import _can_draw, _figure
+from ...pictures import can_draw, new_figure
 
 MAX_NUMBERS = 13  # columns up to which the cells carry their numbers
 
@@ -33,7 +33,7 @@ def plot_accuracy_grid(
     lengths. Cells carry the score in percent where there is room. Returns the path, None without matplotlib.
     Raises ValueError where no row has a `y`.
     """
-    if not _can_draw("the probes"):
+    if not can_draw("the probes"):
         return None
     rows = [row for row in rows if row.get(y) is not None]
     if not rows:
@@ -42,7 +42,7 @@ def plot_accuracy_grid(
     columns, lines = _ordered(rows, x), _ordered(rows, y)
     across = min(len(panels), 3 if len(columns) <= 8 else 2)
     down = math.ceil(len(panels) / across)
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         few = len(columns) <= MAX_NUMBERS
         width = across * max(2.6, (0.46 if few else 0.2) * len(columns) + 0.9) + 1.1
         figure.set_size_inches(width, down * max(1.5, (0.27 if few else 0.14) * len(lines) + 0.9) + 0.5)
