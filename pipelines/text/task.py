@@ -17,8 +17,7 @@ from ..instantiate import mixer_class
 from ..results import print_table, write_csv, write_metrics
 from .data import PROTOCOLS, TextData
 from .module import LanguageModule, constant_state
-from .probes.text_tasks import find_task
-from .probing import draw_probes, run_probes
+from .probing import check_probe, draw_probes, run_probes
 
 Data = TextData
 _NAMES = {
@@ -35,7 +34,7 @@ def build_data(cfg: dict[str, Any]) -> TextData:
         if name not in PROTOCOLS:
             raise UserError(f"task.test_protocols has {name!r}.{nearest(name, [*PROTOCOLS, 'auto'])}")
     for name in cfg["task"]["probes"]:
-        find_task(name)
+        check_probe(name)
     if cfg["task"]["probes"] and cfg["task"]["objective"] != "next":
         raise UserError("task.probes asks for continuations: it needs task.objective=next")
     data = TextData(**cfg["data"], seed=cfg["seed"])
@@ -161,7 +160,7 @@ def _probe(module: LanguageModule, data: TextData, cfg: dict[str, Any], run_dir:
     module.eval()
     options = {"samples": task["probe_samples"], "seed": cfg["seed"]}
     rows = run_probes(module.net, data.tokenizer, task["probes"], task["probe_lengths"], **options)
-    print_table(rows, title="probes: answers right to the last token (mean of count), and their bits")
+    print_table(rows, title="probes: share of right answers (of texts) and right tokens (of token tasks)")
     write_csv(run_dir / "probes.csv", rows)
     draw_probes(rows, run_dir / "probes.png")
     return rows

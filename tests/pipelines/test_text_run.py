@@ -224,7 +224,7 @@ def test_masked_models_learn_what_they_can(folder: Path, tmp_path: Path) -> None
         (["data.seq_len=0"], "data.seq_len=0 must be greater than 0"),
         (["mixer=softmax", "task.carry_state=true"], "state of constant size"),
         (["task.test_protocols=[rows,slidng]"], "slidng"),
-        (["task.probes=[paskey]"], "no text probe 'paskey'.*passkey"),
+        (["task.probes=[paskey]"], "no probe 'paskey'.*passkey"),
         (["mixer=prob_sparse"], "does not support the pattern 'causal'"),
         (["model=patch_tiny"], "is for the task 'forecasting', not 'text'"),
         (["+data.sequence=3"], "unknown key data.sequence"),

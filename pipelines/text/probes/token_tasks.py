@@ -125,7 +125,7 @@ def copying(rng: np.random.Generator, rows: int, length: int, *, num_symbols: in
 
 TOKEN_TASKS: dict[str, Callable[..., Batch]] = {
     "mqar": mqar,
-    "induction_heads": induction_heads,
+    "induction": induction_heads,
     "selective_copying": selective_copying,
     "copying": copying,
 }
@@ -146,7 +146,7 @@ def chance_level(task: str, **options: Any) -> float:
     A model that has read an MQAR row but binds nothing can do better: 1 / num_pairs, one of the row's values.
     """
     vocab_size = {**_defaults(task), **options}["vocab_size"]
-    answers = {"mqar": vocab_size - vocab_size // 2, "induction_heads": vocab_size - 1}.get(task, vocab_size - 2)
+    answers = {"mqar": vocab_size - vocab_size // 2, "induction": vocab_size - 1}.get(task, vocab_size - 2)
     return 1 / answers
 
 

@@ -1,0 +1,329 @@
+"""Needles and recall after the same training: softmax, Mamba-2, gated linear attention and a hybrid.
+
+    python benchmarks/long_context.py [--models softmax mamba2 gla hybrid] [--steps 5000] [--minutes 4]
+    python benchmarks/long_context.py --models gla --out runs/gla        # one model, in a process of its own ...
+    python benchmarks/long_context.py --merge runs/softmax runs/gla      # ... and their rows together
+    python benchmarks/long_context.py --device cpu --tiny --out /tmp/results     a test of this script, in seconds
+
+The four are the same language model over bytes (zoo: language_small, at --width and --depth) with other mixers; the
+feed-forward of each is as wide as makes its parameters as many as those of softmax, printed. All read the same stream
+(see _probe_stream.py: source text, passkeys and needles at random depths, MQAR and induction rows, of --seq-len tokens
+at most) in the same order for the same --steps; --minutes ends the training earlier, and a table says so. The tests are
+other draws: (a) passkeys and needles by depth and length, up to eight times the length of training, whole answers;
+(b) MQAR by number of pairs, up to more than in training, and induction by length. Writes
+benchmarks/results/long_context.json and long_context.md and, with matplotlib, docs/pictures/long_context_<model>.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _measure import hardware, versions
+from _probe_stream import SHORTEST, ProbeStream, text_rows
+from _report import markdown
+from _runs import RESULTS, ROOT, write_result
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from seqzoo.pipelines.text.probes.heatmap import plot_accuracy_grid
+from seqzoo.pipelines.text.probes.token_grid import TokenCell
+from seqzoo.pipelines.text.probing import run_text_probes, run_token_probes
+from seqzoo.pipelines.text.tokenizer import ByteTokenizer
+from seqzoo.pipelines.training import create_optimizer, schedule
+from seqzoo.zoo import LanguageModel, create_model
+
+NAME = "long_context"
+MODELS = ("softmax", "mamba2", "gla", "hybrid")
+WITHIN = 0.03  # of the parameters of softmax
+MUON = {"name": "muon", "lr": 0.02, "adam_lr": 4e-3, "weight_decay": 0.1, "momentum": 0.95, "betas": [0.9, 0.95]}
+SCHEDULE = {"name": "wsd", "warmup_fraction": 0.03, "decay_fraction": 0.4}
+NEEDLES = ("passkey", "needle")
+TINY = {"steps": 2, "width": 32, "depth": 4, "seq_len": SHORTEST, "batch": 8, "samples": 1}
+
+
+def mixers(name: str, width: int) -> Any:
+    """What mixes in the model of that name, four heads; repeated to the depth."""
+    heads: dict[str, Any] = {"num_heads": 4}
+    recurrent = {"name": "mamba2", "d_state": min(64, width // 2), "head_dim": width // 4}
+    window = {"name": "softmax", **heads, "position": "rope", "window_size": 128}
+    return {
+        "softmax": {"name": "softmax", **heads, "position": "rope"},
+        "mamba2": recurrent,
+        "gla": {"name": "gla", **heads, "d_conv": 4},  # with the short convolution that Mamba-2 has
+        "hybrid": [recurrent, recurrent, recurrent, window],
+    }[name]
+
+
+def size(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def build(name: str, width: int, depth: int, seed: int) -> LanguageModel:
+    """The model, its feed-forward such that it has as many parameters as softmax with the usual one."""
+
+    def made(mixer: str, hidden: int) -> LanguageModel:
+        torch.manual_seed(seed)
+        return create_model(
+            "language_small", mixer=mixers(mixer, width), dim=width, depth=depth, mlp_ratio=hidden / width
+        )
+
+    wanted, usual = size(made("softmax", width * 8 // 3)), width * 8 // 3
+    hidden = usual - round((size(made(name, usual)) - wanted) / (3 * width * depth))
+    net = made(name, max(hidden, 1))
+    if abs(size(net) / wanted - 1) > WITHIN:
+        raise SystemExit(f"{name} has {size(net):,} parameters, softmax {wanted:,}: more than {WITHIN:.0%} apart")
+    return net
+
+
+def precision(device: torch.device) -> Any:
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def train(net: LanguageModel, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Train on the stream; returns the steps and tokens read and the seconds."""
+    stream = ProbeStream(options.steps, options.batch, options.seq_len, options.seed)
+    loader = DataLoader(
+        stream,
+        None,
+        num_workers=options.workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=32 if options.workers else None,
+    )
+    optimizer = create_optimizer(net, {**MUON, "lr": options.lr, "adam_lr": options.adam_lr})
+    scale = 1000  # of the progress, so that time and steps drive one schedule
+    _, factor = schedule(SCHEDULE, scale)  # type: ignore[misc]
+    base = [group["lr"] for group in optimizer.param_groups]
+    begin, limit, step, done, reported = time.perf_counter(), 60 * options.minutes, 0, 0.0, 0
+    net.train()
+    for tokens, targets, weights in loader:
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * factor(int(scale * done))
+        tokens, targets, weights = (part.to(device, non_blocking=True) for part in (tokens, targets, weights))
+        with precision(device):
+            logits = net(tokens.long()).y
+        losses = F.cross_entropy(logits.float().transpose(1, 2), targets.long(), reduction="none")
+        loss = (losses * weights).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        passed = time.perf_counter() - begin
+        done = max(step / options.steps, passed / limit)
+        if done >= (reported + 1) / 10 or step == 1:
+            reported = int(10 * done)
+            if not math.isfinite(value := loss.item()):
+                raise SystemExit(f"the loss is {value} at step {step}")
+            print(f"  step {step:6}  {passed:6.0f} s  loss {value:6.3f}  {glance(net, options, device)}", flush=True)
+        if done >= 1:
+            break
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return {
+        "steps": step,
+        "tokens": step * options.batch * options.seq_len,
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def glance(net: LanguageModel, options: argparse.Namespace, device: torch.device) -> str:
+    """Accuracies of a few validation rows, which cost little beside the steps between."""
+    net.eval()
+    with precision(device):
+        cells = [mqar_cell(16, 256), TokenCell("induction", 256, {"vocab_size": 16})]
+        found = run_token_probes(net, cells, rows=16, seed=options.seed + 1)
+        found += run_text_probes(net, ByteTokenizer(), NEEDLES, [SHORTEST], samples=4, seed=options.seed + 1)
+    net.train()
+    means = {task: [row["mean"] for row in found if row["task"] == task] for task in (*NEEDLES, "mqar", "induction")}
+    return ", ".join(f"{task} {sum(values) / len(values):.2f}" for task, values in means.items())
+
+
+def mqar_cell(pairs: int, length: int) -> TokenCell:
+    return TokenCell("mqar", length, {"num_pairs": pairs, "vocab_size": 256})
+
+
+def evaluate(net: LanguageModel, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of both tables; text bits per byte is a row too."""
+    net.eval()
+    samples, top = options.samples, 3 if not options.tiny else 1
+    lengths = sorted({SHORTEST, *(options.seq_len << i for i in range(top + 1))})
+    powers = [2**i for i in range(6, (options.seq_len << top).bit_length())]
+    with precision(device), torch.no_grad():
+        rows = run_text_probes(net, ByteTokenizer(), NEEDLES, lengths, samples=samples, seed=options.seed)
+        cells = [mqar_cell(n, options.seq_len) for n in (4, 8, 16, 32, 64, 96, 120) if 4 * n < options.seq_len]
+        rows += run_token_probes(net, cells, rows=5 * samples, seed=options.seed)
+        cells = [TokenCell("induction", length, {"vocab_size": 16}) for length in powers]
+        rows += run_token_probes(net, cells, rows=10 * samples, seed=options.seed)
+    return rows
+
+
+@torch.no_grad()
+def text_bits(net: LanguageModel, options: argparse.Namespace, device: torch.device) -> float:
+    """Bits per byte of held-out source text in rows of seq_len, each from nothing."""
+    nats, number = 0.0, 8 if options.tiny else 128
+    for first in range(0, number, 8):
+        rng = np.random.default_rng([options.seed, 1, first])
+        arrays = text_rows(rng, 8, options.seq_len, held_out=True)
+        tokens, targets = (torch.from_numpy(part).to(device) for part in arrays)
+        with precision(device):
+            logits = net(tokens).y
+        nats += float(F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()))
+    return nats / (number / 8) / math.log(2)
+
+
+def measure(
+    name: str, options: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What was trained, and its rows."""
+    net = build(name, options.width, options.depth, options.seed)
+    print(f"{name}: {size(net):,} parameters", flush=True)
+    net.to(device)
+    fact = {"model": name, "parameters": size(net), **train(net, options, device)}
+    begin = time.perf_counter()
+    rows = [{"model": name, **row} for row in evaluate(net, options, device)]
+    fact["source text, bits per byte"] = round(text_bits(net, options, device), 3)
+    print(f"  {fact}; evaluated in {time.perf_counter() - begin:.0f} s", flush=True)
+    return fact, rows
+
+
+def tables(record: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(title, rows) of the two tables, as they are printed, beside what was trained."""
+    rows, trained = record["rows"], record["settings"]["seq_len"]
+    found = [("Trained", record["models"])]
+    for task in NEEDLES:
+        title = f"(a) {task}: whole answers right, %, by depth and length in bytes (trained up to {trained})"
+        mine = [row for row in rows if row["task"] == task]
+        places = [(m, d) for m in _values(mine, "model") for d in sorted(_values(mine, "depth"))]
+        lines = [
+            {"model": m, "depth": f"{100 * d:.0f} %", **_cells(r for r in mine if (r["model"], r["depth"]) == (m, d))}
+            for m, d in places
+        ]
+        found.append((title, lines))
+    for task, key, title in (
+        ("mqar", "items", f"(b) MQAR: asked values right, %, by pairs, at {trained} tokens (trained up to 64 pairs)"),
+        ("induction", "length", f"(b) Induction: asked tokens right, %, by length (trained up to {trained})"),
+    ):
+        mine = [row for row in rows if row["task"] == task]
+        groups = {m: [row for row in mine if row["model"] == m] for m in _values(mine, "model")}
+        lines = [{"model": m, **_cells(group, key)} for m, group in groups.items()]
+        guess = {"model": "chance", **_cells(next(iter(groups.values())), key, "chance")}
+        found.append((title, [*lines, guess]))
+    return found
+
+
+def _values(rows: Iterable[dict[str, Any]], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _cells(rows: Iterable[dict[str, Any]], key: str = "length", value: str = "mean") -> dict[str, str]:
+    return {f"{row[key]:,}": f"{100 * row[value]:.1f}" for row in rows}
+
+
+def write(parts: Sequence[dict[str, Any]], folder: Path, pictures: Path | None) -> dict[str, Any]:
+    """The models of all parts, the later ones replacing earlier ones, as JSON, page and pictures."""
+    settings = parts[-1]["settings"]
+    models: dict[str, Any] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for part in parts:
+        if part["settings"] != settings:
+            other = {k: (v, settings.get(k)) for k, v in part["settings"].items() if settings.get(k) != v}
+            raise SystemExit(f"runs with other settings cannot share a table: {other}")
+        for fact in part["models"]:
+            models[fact["model"]] = fact
+            rows[fact["model"]] = [row for row in part["rows"] if row["model"] == fact["model"]]
+    order = sorted(models, key=MODELS.index)
+    record = {
+        "settings": settings,
+        "hardware": parts[-1]["hardware"],
+        "packages": parts[-1]["packages"],
+        "models": [models[name] for name in order],
+        "rows": [row for name in order for row in rows[name]],
+    }
+    path = write_result(NAME, record, folder)
+    found = tables(record)
+    facts = "; ".join(f"{k} {v}" for k, v in {**settings, **record["hardware"], **record["packages"]}.items())
+    sections = [f"## {title}\n\n{markdown(lines)}" for title, lines in found]
+    page = "\n\n".join(["# Needles and recall after the same training", f"{facts}.", *sections])
+    path.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
+    for name in order if pictures is not None else ():
+        grid = [row for row in rows[name] if row["task"] in NEEDLES]
+        title = f"{name}: answers right to the last digit, trained up to {settings['seq_len']} bytes"
+        plot_accuracy_grid(grid, pictures / f"{NAME}_{name}.png", title=title)
+    return record
+
+
+def earlier(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The result in the folder, if it has the same settings."""
+    path = folder / f"{NAME}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return [known] if known.get("settings") == settings else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--steps", type=int, default=5000, help="the budget, the same for all")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of training a model, at most")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=32, help="rows, a multiple of eight")
+    parser.add_argument("--lr", type=float, default=MUON["lr"], help="of Muon, for the matrices")
+    parser.add_argument("--adam-lr", type=float, default=MUON["adam_lr"], help="of everything else")
+    parser.add_argument("--samples", type=int, default=20, help="probes of each depth and length")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2 if gpu else 0, help="processes that make batches")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results, and of the pictures")
+    parser.add_argument("--merge", type=Path, nargs="+", default=None, metavar="DIR", help="join these results")
+    parser.add_argument("--tiny", action="store_true", help="tiny models: a test of this script, not a measurement")
+    options = parser.parse_args()
+    folder, pictures = options.out or RESULTS, options.out or ROOT / "docs" / "pictures"
+    if options.merge:
+        parts = [json.loads((part / f"{NAME}.json").read_text(encoding="utf-8")) for part in options.merge]
+        show(write(parts, folder, pictures))
+        return
+    if options.device == "cuda" and not gpu:
+        sys.exit("no CUDA device; --device cpu")
+    if options.tiny:
+        if options.out is None:
+            parser.error("--tiny measures nothing that is worth keeping: give --out, a folder of its own")
+        vars(options).update(TINY)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    names = ("steps", "minutes", "seq_len", "width", "depth", "batch", "lr", "adam_lr", "samples", "seed")
+    settings = {name: getattr(options, name) for name in names if getattr(options, name) != math.inf}
+    settings |= {"device": device.type, "tiny": options.tiny}
+    for name in options.models:
+        fact, rows = measure(name, options, device)
+        part = {
+            "settings": settings,
+            "hardware": hardware(device),
+            "packages": versions("triton"),
+            "models": [fact],
+            "rows": rows,
+        }
+        record = write([*earlier(folder, settings), part], folder, pictures)
+    show(record)
+
+
+def show(record: dict[str, Any]) -> None:
+    for title, rows in tables(record):
+        print(f"\n{title}\n\n{markdown(rows)}")
+
+
+if __name__ == "__main__":
+    main()
