@@ -166,7 +166,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     used = 0.0
-    if timed and not any(apart.get(name, 0.0) > sides.tolerance for name in runs):
+    if timed and runs and not any(apart.get(name, 0.0) > sides.tolerance for name in runs):
         begin = time.perf_counter(), time.process_time()
         for i in range(number):
             for name in names[i % len(names) :] + names[: i % len(names)]:

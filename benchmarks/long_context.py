@@ -52,15 +52,15 @@ NEEDLES = ("passkey", "needle")
 TINY = {"steps": 2, "width": 32, "depth": 4, "seq_len": SHORTEST, "batch": 8, "samples": 1}
 
 
-def mixers(name: str, width: int) -> Any:
-    """What mixes in the model of that name, four heads; repeated to the depth."""
+def mixers(name: str, width: int, backend: str = "auto") -> Any:
+    """What mixes in the model of that name, four heads; repeated to the depth. backend: of gated linear attention."""
     heads: dict[str, Any] = {"num_heads": 4}
-    recurrent = {"name": "mamba2", "d_state": min(64, width // 2), "head_dim": width // 4}
+    recurrent = {"name": "mamba2", "d_state": min(64, width // 2), "head_dim": width // 4, "backend": backend}
     window = {"name": "softmax", **heads, "position": "rope", "window_size": 128}
     return {
         "softmax": {"name": "softmax", **heads, "position": "rope"},
         "mamba2": recurrent,
-        "gla": {"name": "gla", **heads, "d_conv": 4},  # with the short convolution that Mamba-2 has
+        "gla": {"name": "gla", **heads, "d_conv": 4, "backend": backend},  # with the short convolution that Mamba-2 has
         "hybrid": [recurrent, recurrent, recurrent, window],
     }[name]
 
@@ -69,13 +69,13 @@ def size(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def build(name: str, width: int, depth: int, seed: int) -> LanguageModel:
+def build(name: str, width: int, depth: int, seed: int, backend: str = "auto") -> LanguageModel:
     """The model, its feed-forward such that it has as many parameters as softmax with the usual one."""
 
     def made(mixer: str, hidden: int) -> LanguageModel:
         torch.manual_seed(seed)
         return create_model(
-            "language_small", mixer=mixers(mixer, width), dim=width, depth=depth, mlp_ratio=hidden / width
+            "language_small", mixer=mixers(mixer, width, backend), dim=width, depth=depth, mlp_ratio=hidden / width
         )
 
     wanted, usual = size(made("softmax", width * 8 // 3)), width * 8 // 3
@@ -186,7 +186,7 @@ def measure(
     name: str, options: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What was trained, and its rows."""
-    net = build(name, options.width, options.depth, options.seed)
+    net = build(name, options.width, options.depth, options.seed, options.backend)
     print(f"{name}: {size(net):,} parameters", flush=True)
     net.to(device)
     fact = {"model": name, "parameters": size(net), **train(net, options, device)}
@@ -285,6 +285,7 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=MUON["adam_lr"], help="of everything else")
     parser.add_argument("--samples", type=int, default=20, help="probes of each depth and length")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="auto", help="of the kernel of gla and mamba2")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2 if gpu else 0, help="processes that make batches")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results, and of the pictures")
@@ -304,7 +305,7 @@ def main() -> None:
         vars(options).update(TINY)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    names = ("steps", "minutes", "seq_len", "width", "depth", "batch", "lr", "adam_lr", "samples", "seed")
+    names = ("steps", "minutes", "seq_len", "width", "depth", "batch", "lr", "adam_lr", "samples", "seed", "backend")
     settings = {name: getattr(options, name) for name in names if getattr(options, name) != math.inf}
     settings |= {"device": device.type, "tiny": options.tiny}
     for name in options.models:

@@ -125,9 +125,12 @@ def key_kernel(
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     WEIGHT: tl.constexpr, POSITION: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr,
-    LOG2_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    LOG2_E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BN keys of one block and one head, over all queries that chose the block, BM at a time."""
+    """dK and dV of BN keys of one block and one head, over all queries that chose the block, BM at a time.
+
+    WHOLE: q_block is a multiple of BM, so that BM queries are neighbours.
+    """
     pid = tl.program_id(0)
     tile, row = pid % tiles, (pid // tiles).to(tl.int64)
     b, h = row // heads, row % heads
@@ -150,10 +153,15 @@ def key_kernel(
     q_base, do_base = q_ptr + b * q_b + h * q_h, do_ptr + (b * length * heads + h) * V
     order = order_ptr + route * groups * slots + begin
     for start in range(0, number, BM):
-        place = start + tl.arange(0, BM)
-        pair = tl.load(order + place // q_block, mask=place < number, other=0).to(tl.int64)
-        rows = pair // slots * q_block + place % q_block
-        real = (place < number) & (rows < length)
+        if WHOLE:
+            pair = tl.load(order + start // q_block).to(tl.int64) + tl.zeros([BM], tl.int64)
+            rows = pair // slots * q_block + (start % q_block + tl.arange(0, BM))
+            real = rows < length
+        else:
+            place = start + tl.arange(0, BM)
+            pair = tl.load(order + place // q_block, mask=place < number, other=0).to(tl.int64)
+            rows = pair // slots * q_block + place % q_block
+            real = (place < number) & (rows < length)
         q = tl.load(q_base + rows[:, None] * q_l + d[None, :], mask=real[:, None] & (d < K)[None, :], other=0.0)
         do = tl.load(
             do_base + rows[:, None] * (heads * V) + dv[None, :], mask=real[:, None] & (dv < V)[None, :], other=0.0
@@ -228,7 +236,7 @@ def backward(
             )  # fmt: skip
         key_kernel[(keys.tiles * batch * heads,)](
             *inputs, lse, do, delta, dk, dv, keys.tiles, keys.per_group, *sizes, *strides, **flags, LOG2_E=LOG2_E,
-            BM=keys.rows, BN=keys.keys, num_warps=keys.warps, num_stages=keys.stages,
+            BM=keys.rows, BN=keys.keys, WHOLE=q_block % keys.rows == 0, num_warps=keys.warps, num_stages=keys.stages,
         )  # fmt: skip
     if weight is None:
         return dq, dk, dv, lse.new_empty(0)

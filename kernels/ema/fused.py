@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..selective_scan.fused import Launch, carry, padded, width_of
+from ..selective_scan.fused import LOG2_E, Launch, carry, padded, width_of
 from .fused_kernels import ema_ends, ema_gradients, ema_outputs
 from .naive import Coefficients, EmaState
 
@@ -39,16 +38,17 @@ def _forward(
     width, tile, chunk, number = plan(batch, length, channels, dims)
     longer = triton.cdiv(length, KEPT) * KEPT
     x, before = x.contiguous(), padded(initial, width)
-    q2, b, c = padded(log_q, width) * math.log2(math.e), padded(b, width), padded(c, width)
+    log_q, b, c = padded(log_q, width), padded(b, width), padded(c, width)
+    q = log_q.exp()
     saved = before.new_empty((batch, longer // KEPT, channels, width) if save else 0)
     last, grid = torch.empty_like(before), (triton.cdiv(channels, tile) * batch * number,)
     sizes = {"D": channels, "N": width, "BD": tile, "T": GROUP, "REVERSE": reverse, "num_warps": 1}
     if number > 1:
         ends = before.new_empty(batch, number, channels, width)
-        ema_ends[grid](x, b, q2, ends, length, number, chunk, GRADIENT=False, **sizes)
-        carry(ends, _steps(ends, length, chunk), q2, before, last, reverse=False)
+        ema_ends[grid](x, b, q, ends, length, number, chunk, GRADIENT=False, **sizes)
+        carry(ends, _steps(ends, length, chunk), log_q * LOG2_E, before, last, reverse=False)
         before = ends
-    ema_outputs[grid](x, q2, b, c, before, y, saved, last, length, longer, number, chunk, S=KEPT, SAVE=save, **sizes)
+    ema_outputs[grid](x, q, b, c, before, y, saved, last, length, longer, number, chunk, S=KEPT, SAVE=save, **sizes)
     return y, saved, last[..., :dims].clone()
 
 
@@ -68,16 +68,17 @@ def _backward(
     (batch, length, channels), dims = x.shape, b.shape[1]
     width, tile, chunk, number = plan(batch, length, channels, dims)
     dy, x, leaving = dy.contiguous(), x.contiguous(), padded(dlast, width)
-    q2, wide_b, wide_c = padded(log_q, width) * math.log2(math.e), padded(b, width), padded(c, width)
+    log_q, wide_b, wide_c = padded(log_q, width), padded(b, width), padded(c, width)
+    q = log_q.exp()
     entering, first = leaving.new_empty(batch, number, channels, width), torch.empty_like(leaving)
     grid = (triton.cdiv(channels, tile) * batch * number,)
     sizes = {"D": channels, "N": width, "BD": tile, "REVERSE": reverse, "num_warps": 1}
-    ema_ends[grid](dy, wide_c, q2, entering, length, number, chunk, T=GROUP, GRADIENT=True, **sizes)
-    carry(entering, _steps(entering, length, chunk), q2, leaving, first, reverse=True)
+    ema_ends[grid](dy, wide_c, q, entering, length, number, chunk, T=GROUP, GRADIENT=True, **sizes)
+    carry(entering, _steps(entering, length, chunk), log_q * LOG2_E, leaving, first, reverse=True)
     dx, sums = torch.empty_like(x), [torch.empty_like(entering) for _ in range(3)]
     longer = saved.shape[1] * KEPT
     ema_gradients[grid](
-        dy, x, q2, wide_b, wide_c, saved, entering, dx, *sums, length, longer, number, chunk, S=KEPT, **sizes
+        dy, x, q, wide_b, wide_c, saved, entering, dx, *sums, length, longer, number, chunk, S=KEPT, **sizes
     )
     dlog_q, db, dc = (t.sum((0, 1))[:, :dims].to(b.dtype, copy=True).contiguous() for t in sums)
     return dx, dlog_q, db, dc, first[..., :dims].clone()

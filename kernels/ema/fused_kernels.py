@@ -37,7 +37,7 @@ def steps_of(x, row, first, left, e, L, D: tl.constexpr, BD: tl.constexpr, T: tl
 
 @triton.jit
 def ema_ends(
-    x, weight, log_q, end,
+    x, weight, q, end,
     L, G, chunk,
     D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, REVERSE: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def ema_ends(
     GRADIENT: h = q (h + weight x), from the chunk's last step to its first: the gradient of the state before it.
     """
     row, g, e, n = place(tl.program_id(0), G, D, N, BD)
-    q_DN, weight_DN = tl.exp2(tile(log_q, e, n, D, N)), tile(weight, e, n, D, N)
+    q_DN, weight_DN = tile(q, e, n, D, N), tile(weight, e, n, D, N)
     h_DN = tl.zeros((BD, N), tl.float32)
     start = g * chunk
     stop = min(L, start + chunk)
@@ -63,14 +63,14 @@ def ema_ends(
 
 @triton.jit
 def ema_outputs(
-    x, log_q, b, c, before, y, saved, last,
+    x, q, b, c, before, y, saved, last,
     L, M, G, chunk,
     D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     REVERSE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """y (B, L, D); with SAVE the states before each S steps, (B, M / S, D, N); the last state, (B, D, N)."""
     row, g, e, n = place(tl.program_id(0), G, D, N, BD)
-    q_DN, b_DN, c_DN = tl.exp2(tile(log_q, e, n, D, N)), tile(b, e, n, D, N), tile(c, e, n, D, N)
+    q_DN, b_DN, c_DN = tile(q, e, n, D, N), tile(b, e, n, D, N), tile(c, e, n, D, N)
     h_DN = tile(before + (row * G + g).to(tl.int64) * (D * N), e, n, D, N)
     start = g * chunk
     stop = min(L, start + chunk)
@@ -94,7 +94,7 @@ def ema_outputs(
 
 @triton.jit
 def ema_gradients(
-    dy, x, log_q, b, c, saved, entering, dx, dlog_q, db, dc,
+    dy, x, q, b, c, saved, entering, dx, dlog_q, db, dc,
     L, M, G, chunk,
     D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def ema_gradients(
     entering: (B, G, D, N), q times the gradient of the state after the first step behind the chunk.
     """
     row, g, e, n = place(tl.program_id(0), G, D, N, BD)
-    q_DN, b_DN, c_DN = tl.exp2(tile(log_q, e, n, D, N)), tile(b, e, n, D, N), tile(c, e, n, D, N)
+    q_DN, b_DN, c_DN = tile(q, e, n, D, N), tile(b, e, n, D, N), tile(c, e, n, D, N)
     w_DN = tile(entering + (row * G + g).to(tl.int64) * (D * N), e, n, D, N)
     dq_DN, db_DN, dc_DN = (tl.zeros((BD, N), tl.float32), tl.zeros((BD, N), tl.float32), tl.zeros((BD, N), tl.float32))
     start = g * chunk

@@ -152,7 +152,7 @@ def run_fold(
             plan.length, plan.size, plan.segments, heads, heads // y.shape[2],
             M=m, N=n, BM=power(m), BN=block, NB=blocks, C=plan.chunk, OP=op, PRECISION=precision, DECAY=decay,
             VECTOR=vector, REVERSE=reverse, ALL=everything, PACKED=plan.table is not None,
-            num_warps=_warps(y.dtype, m, block, plan.chunk), num_stages=2,
+            num_warps=_warps(y.dtype, m, block, plan.chunk), num_stages=_stages(y.dtype, m),
         )  # fmt: skip
     return sums, vectors, totals
 
@@ -162,6 +162,11 @@ def _warps(dtype: torch.dtype, m: int, block: int, chunk: int, more: bool = Fals
     if power(m) * block <= 16 * 64 and chunk <= 32:
         return 2
     return 8 if power(m) > 128 or (power(m) > 64 and (more or dtype != torch.bfloat16)) else 4
+
+
+def _stages(dtype: torch.dtype, m: int) -> int:
+    """Of loads that run ahead; two copies of wide float32 rows do not fit into shared memory."""
+    return 1 if dtype == torch.float32 and power(m) > 128 else 2
 
 
 def run_scan(
@@ -238,5 +243,5 @@ def run_walk(
         PRECISION=precision, CAUSAL=causal, REVERSE=reverse, DECAY=decay, NORMALIZE=den is not None, EXTRA=column,
         GRADIENT=dg is not None, SPLIT=split, INITIAL=state is not None, FINAL=final is not None,
         PACKED=plan.table is not None, num_warps=_warps(x.dtype, m, block, plan.chunk, decay >= KEY or dg is not None),
-        num_stages=2,
+        num_stages=_stages(x.dtype, m),
     )  # fmt: skip

@@ -174,29 +174,26 @@ def walk(
                     if GRADIENT:
                         ws = tl.load(w + at * w_row + i[:, None] * w_row + n[None, :], mask=here, other=0.0)
                         near, far = ws.to(tl.float32) * inside * scale, ws.to(tl.float32) * o * scale
-                        at_d = (at + i)[:, None] * d_row + n[None, :]
                         at_b = ((seg * tl.cdiv(size, C) + c).to(tl.int64) * heads + head) * (N if DECAY == 4 else NB)
-                        keep = here
-                        at_c = at_b + n
-                        if DECAY != 4:
-                            near, far = tl.sum(near, 1)[:, None], tl.sum(far, 1)[:, None]
-                            at_d = (at + i)[:, None] * d_row + nb * d_block
-                            at_c = at_b + nb + tl.arange(0, 1)
-                            keep = valid[:, None]
-                        kept = (at_c < at_b + N) if DECAY == 4 else (at_c >= 0)
+                        if DECAY == 4:
+                            at_d, keep = (at + i)[:, None] * d_row + n[None, :], here
+                            at_c, kept = between + at_b + n, in_n
+                        else:  # one number per token: Triton 3.6 does not compile sums along a column of width 1
+                            near, far = tl.sum(near, 1), tl.sum(far, 1)
+                            at_d, keep = (at + i) * d_row + nb * d_block, valid
+                            at_c, kept = between + at_b + nb, True
                         sums = tl.sum(far, 0)
                         if REVERSE:
                             # Below 1e-12 the product of the states is lost in the rounding of the difference.
-                            beyond = tl.where(total < 1e-12, 0.0, inner - (sums if DECAY == 4 else tl.sum(sums)))
+                            beyond = tl.where(total < 1e-12, 0.0, inner - sums)
                             part = tl.cumsum(far, 0) - far - tl.cumsum(near, 0, reverse=True)
                             part += beyond[None, :] if DECAY == 4 else beyond
                             part += tl.load(dg + at_d, mask=keep, other=0.0)
                             tl.store(dg + at_d, part, mask=keep)
-                            before = tl.load(between + at_c, mask=kept, other=0.0)
-                            inner = beyond + (before if DECAY == 4 else tl.sum(before))
+                            inner = beyond + tl.load(at_c, mask=kept, other=0.0)
                         else:
                             tl.store(dg + at_d, tl.cumsum(near + far, 0, reverse=True), mask=keep)
-                            tl.store(between + at_c, sums, mask=kept)
+                            tl.store(at_c, sums, mask=kept)
                     o += inside + own
                 else:
                     o = tl.dot(products.to(OP), zs.to(OP), o, input_precision=PRECISION)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..atomic import atomic_write_text
 from ..errors import UserError, check_whole, nearest
 from ..loading import IndexSampler, ResumableLoader, loader_options
-from .compressors import baselines
+from .compressors import TEST_MOST, TRAIN_MOST, baselines
 from .corpus import SPLITS, Corpus, load_corpus
 from .rows import CarriedRows, PackedRows, SlidingRows
 from .sources import corpus_note
@@ -102,7 +102,9 @@ class TextData(L.LightningDataModule):
     def corpus(self) -> Corpus:
         """The corpus; read the first time."""
         if self._corpus is None:
-            self._corpus = load_corpus(self.path, self.tokenizer, cache_dir=self.cache_dir, **self.sources)
+            self._corpus = load_corpus(
+                self.path, self.tokenizer, workers=self.num_workers, cache_dir=self.cache_dir, **self.sources
+            )
         return self._corpus
 
     def prepare_data(self) -> None:
@@ -138,12 +140,17 @@ class TextData(L.LightningDataModule):
         return int(self.corpus.sizes[documents].sum()), int((np.diff(self.corpus.bounds)[documents] - 1).sum())
 
     def compressors(self) -> dict[str, float]:
-        """Bits per byte of general compressors on the test documents; kept in the cache."""
+        """Bits per byte of general compressors on the test documents, or the first of them; kept in the cache."""
         corpus = self.corpus
         file = Path(corpus.tokens.filename).parent / "compressors.json"  # type: ignore[attr-defined]
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
-        found = baselines(corpus.content("test", self.tokenizer), corpus.content("train", self.tokenizer))
+        found = baselines(
+            corpus.excerpt("test", self.tokenizer, TEST_MOST),
+            corpus.excerpt("train", self.tokenizer, TRAIN_MOST, last=True),
+            test_size=self.size("test")[0],
+            train_size=self.size("train")[0],
+        )
         atomic_write_text(file, json.dumps(found))
         return found
 

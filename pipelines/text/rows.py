@@ -9,6 +9,7 @@ Three ways to read documents, all exact: every prediction of every document come
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,59 +41,80 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         self, corpus: Corpus, documents: np.ndarray, seq_len: int, *, seed: int = 0, fill: bool = False
     ) -> None:
         self.corpus, self.seq_len = corpus, seq_len
-        begins, sizes = corpus.bounds[documents], np.diff(corpus.bounds)[documents] - 1
-        count = -(-sizes // seq_len)
-        number = np.repeat(np.arange(len(documents)), count)
-        step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        self.start = step * seq_len
-        self.first = begins[number] + self.start
-        self.length = np.minimum(sizes[number] - self.start, seq_len).astype(np.int32)
-        full, short = np.flatnonzero(self.length == seq_len), np.flatnonzero(self.length < seq_len)
-        np.random.default_rng([seed, 1]).shuffle(short)
+        self._begins, sizes = corpus.bounds[documents], _predictions(corpus, documents)
+        # Full pieces are arithmetic; of the short ones at the documents' ends, place and length are kept.
+        self._full = np.cumsum(sizes // seq_len)
+        self._number = int(self._full[-1]) if len(documents) else 0
+        owner = np.flatnonzero(sizes % seq_len).astype(np.int32 if len(sizes) < 1 << 31 else np.int64)
+        np.random.default_rng([seed, 1]).shuffle(owner)
+        start, self.length = sizes[owner] // seq_len * seq_len, (sizes[owner] % seq_len).astype(np.int32)
         if fill:
             # Full rows all have one shape: batches of ever new lengths fill the caches of compiled products.
-            self._bounds = self._cut(full, short)
-            return
-        # Next fit: a row is closed by the first piece that no longer fits.
-        ends, room = [], 0
-        for place, size in enumerate(self.length[short].tolist()):
-            if size > room:
-                ends.append(place)
-                room = seq_len
-            room -= size
-        self._order = np.append(full, short)
-        self._bounds = np.append(np.arange(len(full)), np.array([*ends, len(short)], dtype=np.int64) + len(full))
+            owner, start = self._cut(owner, start)
+        else:
+            self._bounds = _next_fit(self.length, seq_len)
+        self.start, self._owner = start, owner
 
-    def _cut(self, full: np.ndarray, short: np.ndarray) -> np.ndarray:
-        """Cut the short pieces, one after another, where a row is full; returns the bounds of rows."""
-        seq_len, ends = self.seq_len, np.cumsum(self.length[short], dtype=np.int64)
+    def _cut(self, owner: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cut the short pieces, one after another, where a row is full: whose they are, and where they start."""
+        seq_len, ends = self.seq_len, np.cumsum(self.length, dtype=np.int64)
         total = int(ends[-1]) if len(ends) else 0
         cuts = np.unique(np.concatenate([[0], ends, np.arange(0, total, seq_len)]))
-        begins, sizes = cuts[:-1], np.diff(cuts)
+        begins = cuts[:-1]
         piece = np.searchsorted(ends, begins, side="right")
-        offset = begins - (ends[piece] - self.length[short[piece]]) if len(begins) else begins
-        whole, owner = np.append(full, short[piece]), np.append(np.zeros(len(full), dtype=np.int64), offset)
-        self.start, self.first = self.start[whole] + owner, self.first[whole] + owner
-        self.length = np.append(np.full(len(full), seq_len), sizes).astype(np.int32)
-        self._order = np.arange(len(whole))
-        rows = np.append(np.searchsorted(begins, np.arange(0, total, seq_len)), len(begins)) + len(full)
-        return np.append(np.arange(len(full)), rows)
+        offset = begins - (ends[piece] - self.length[piece])
+        self.length = np.diff(cuts).astype(np.int32)
+        self._bounds = np.append(np.searchsorted(begins, np.arange(0, total, seq_len)), len(begins))
+        return owner[piece], start[piece] + offset
 
     def __len__(self) -> int:
-        return len(self._bounds) - 1
+        return self._number + len(self._bounds) - 1
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         rows = np.atleast_1d(np.asarray(indices))
-        pieces = np.concatenate([self._order[self._bounds[r] : self._bounds[r + 1]] for r in rows.tolist()])
-        first, lengths, start = self.first[pieces], self.length[pieces], torch.from_numpy(self.start[pieces])
+        full = rows < self._number
+        if full.all():
+            first, start = self._whole(rows)
+            both = torch.from_numpy(_gather(self.corpus.tokens, first, self.seq_len + 1))
+            return {"tokens": both[:, :-1], "targets": both[:, 1:], "start": torch.from_numpy(start)}
+        shared = rows - self._number
+        pieces = [np.arange(self._bounds[r], self._bounds[r + 1]) if r >= 0 else [-1] for r in shared.tolist()]
+        place = np.concatenate(pieces).astype(np.int64)
+        start, lengths = self.start[place], self.length[place].astype(np.int64)
+        first = self._begins[self._owner[place]] + start
+        first[place < 0], start[place < 0] = self._whole(rows[full])
+        lengths[place < 0] = self.seq_len
         if (lengths == self.seq_len).all():
             both = torch.from_numpy(_gather(self.corpus.tokens, first, self.seq_len + 1))
-            return {"tokens": both[:, :-1], "targets": both[:, 1:], "start": start}
+            return {"tokens": both[:, :-1], "targets": both[:, 1:], "start": torch.from_numpy(start)}
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        place = np.repeat(first - bounds[:-1], lengths) + np.arange(bounds[-1])
-        tokens, targets = (torch.from_numpy(self.corpus.tokens[p].astype(np.int64))[None] for p in (place, place + 1))
+        source = np.repeat(first - bounds[:-1], lengths) + np.arange(bounds[-1])
+        tokens, targets = (torch.from_numpy(self.corpus.tokens[p].astype(np.int64))[None] for p in (source, source + 1))
         cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-        return {"tokens": tokens, "targets": targets, "cu_seqlens": cu_seqlens, "start": start}
+        return {"tokens": tokens, "targets": targets, "cu_seqlens": cu_seqlens, "start": torch.from_numpy(start)}
+
+    def _whole(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First token of full pieces, in the corpus and in their documents."""
+        owner = np.searchsorted(self._full, rows, side="right")
+        before = np.where(owner > 0, self._full[owner - 1], 0)
+        start = (rows - before) * self.seq_len
+        return self._begins[owner] + start, start
+
+
+def _predictions(corpus: Corpus, documents: np.ndarray) -> np.ndarray:
+    return corpus.bounds[documents + 1] - corpus.bounds[documents] - 1
+
+
+def _next_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """Bounds of rows of whole pieces: a row is closed by the first piece that no longer fits."""
+    ends, room = array("q"), 0
+    for place, size in enumerate(lengths):
+        if size > room:
+            ends.append(place)
+            room = seq_len
+        room -= size
+    ends.append(len(lengths))
+    return np.frombuffer(ends, dtype=np.int64)
 
 
 class SlidingRows(Dataset[dict[str, Tensor]]):
@@ -102,25 +124,24 @@ class SlidingRows(Dataset[dict[str, Tensor]]):
     def __init__(self, corpus: Corpus, documents: np.ndarray, seq_len: int, stride: int) -> None:
         if not 1 <= stride <= seq_len:
             raise ValueError(f"stride={stride} must be between 1 and seq_len={seq_len}")
-        self.corpus, self.seq_len = corpus, seq_len
-        begins, sizes = corpus.bounds[documents], np.diff(corpus.bounds)[documents] - 1
-        count = 1 + np.maximum(0, -(-(sizes - seq_len) // stride))
-        number = np.repeat(np.arange(len(documents)), count)
-        step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        # The last window ends with its document and asks what the one before has not.
-        self.start = np.minimum(step * stride, np.maximum(sizes[number] - seq_len, 0))
-        self.first = begins[number] + self.start
-        self.length = np.minimum(sizes[number], seq_len)
-        asked_before = np.where(step == 0, 0, np.minimum((step - 1) * stride + seq_len, sizes[number]))
-        self.skip = asked_before - self.start
+        self.corpus, self.seq_len, self.stride = corpus, seq_len, stride
+        self._begins, self._sizes = corpus.bounds[documents], _predictions(corpus, documents)
+        self._ends = np.cumsum(1 + np.maximum(0, -(-(self._sizes - seq_len) // stride)))
 
     def __len__(self) -> int:
-        return len(self.first)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         rows = np.atleast_1d(np.asarray(indices))
-        longest = int(self.length[rows].max())
-        return _padded(self.corpus, self.first[rows], self.length[rows], longest, self.start[rows], self.skip[rows])
+        owner = np.searchsorted(self._ends, rows, side="right")
+        step = rows - np.where(owner > 0, self._ends[owner - 1], 0)
+        sizes = self._sizes[owner]
+        # The last window ends with its document and asks what the one before has not.
+        start = np.minimum(step * self.stride, np.maximum(sizes - self.seq_len, 0))
+        asked_before = np.where(step == 0, 0, np.minimum((step - 1) * self.stride + self.seq_len, sizes))
+        length = np.minimum(sizes, self.seq_len)
+        first = self._begins[owner] + start
+        return _padded(self.corpus, first, length, int(length.max()), start, asked_before - start)
 
 
 class CarriedRows(Dataset[dict[str, Tensor]]):
@@ -136,7 +157,7 @@ class CarriedRows(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.corpus, self.seq_len = corpus, seq_len
         self.rows = rows = min(rows, len(documents))
-        sizes = np.diff(corpus.bounds)[documents] - 1
+        sizes = _predictions(corpus, documents)
         count = -(-sizes // seq_len)
         order = np.arange(len(documents))
         if shuffle:

@@ -1,4 +1,4 @@
-"""Documents of a user's own files: text, folders, JSON lines, Hugging Face datasets, and a sample that is always there.
+"""Documents of a user's own files: text, folders, JSON lines, and a sample that is always there.
 
 A document is its name and its bytes. Nothing is decoded: invalid UTF-8 passes through to byte models.
 """
@@ -40,6 +40,11 @@ class Document(NamedTuple):
 def whole(name: str, content: bytes | mmap.mmap) -> Document:
     """All of `content` as one document."""
     return Document(name, content, 0, len(content))
+
+
+def name_bytes(name: str) -> bytes:
+    """A name as the file system has it: it need not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def standard_library() -> list[Path]:
@@ -121,10 +126,11 @@ def _lines(path: Path, name: str, field: str) -> Iterator[Document]:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-            yield from _from_record(record, field, f"{name}#{number}", f"{path}, line {number}")
+            yield from from_record(record, field, f"{name}#{number}", f"{path}, line {number}")
 
 
-def _from_record(record: Any, field: str, name: str, where: str) -> Iterator[Document]:
+def from_record(record: Any, field: str, name: str, where: str) -> Iterator[Document]:
+    """The document of a JSON object or a dataset's record, none where its text is empty. where: for messages."""
     if not isinstance(record, dict):
         raise UserError(f"{where} holds a {type(record).__name__}, expected an object with the field {field!r}")
     if field not in record:
@@ -134,36 +140,6 @@ def _from_record(record: Any, field: str, name: str, where: str) -> Iterator[Doc
         raise UserError(f"{where}: the field {field!r} holds a {type(value).__name__}, expected text")
     if value:
         yield whole(name, value.encode("utf-8", "surrogatepass"))
-
-
-def dataset_documents(name: str, *, split: str, field: str, streaming: bool, limit: int | None) -> Iterator[Document]:
-    """Documents of a Hugging Face dataset: a folder of `save_to_disk`, or a name where a hub can be reached.
-
-    streaming: nothing is downloaded as a whole. limit: the first so many. Raises UserError with the cause when it
-    cannot be opened.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"data.path=hf:{name} needs the package datasets: pip install seqzoo[text]") from None
-    try:
-        if Path(name).expanduser().is_dir() and (Path(name).expanduser() / "dataset_info.json").is_file():
-            found = datasets.load_from_disk(str(Path(name).expanduser()))
-        elif Path(name).expanduser().is_dir() and (Path(name).expanduser() / "dataset_dict.json").is_file():
-            every = datasets.load_from_disk(str(Path(name).expanduser()))
-            if split not in every:
-                raise UserError(f"{name} has no split {split!r} (data.hf_split).{nearest(split, list(every))}")
-            found = every[split]
-        else:
-            found = datasets.load_dataset(name, split=split, streaming=streaming)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises a dozen kinds: no network, no such name, no such split
-        raise UserError(f"data.path=hf:{name} cannot be opened: {' '.join(str(error).split())[:300]}") from None
-    for number, record in enumerate(found):
-        if limit is not None and number >= limit:
-            return
-        yield from _from_record(record, field, f"{name}#{number}", f"{name}, record {number}")
 
 
 def corpus_note(path: str | Path) -> str:

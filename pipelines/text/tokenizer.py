@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 
     def encode(self, content: bytes) -> np.ndarray: ...
 
-    def decode(self, tokens: Sequence[int]) -> bytes: ...
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> bytes: ...
 
 
 class ByteTokenizer:
@@ -38,8 +38,8 @@ class ByteTokenizer:
     def encode(self, content: bytes) -> np.ndarray:
         return np.frombuffer(content, dtype=np.uint8)
 
-    def decode(self, tokens: Sequence[int]) -> bytes:
-        return bytes(int(t) for t in tokens)
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> bytes:
+        return np.asarray(tokens, dtype=np.uint8).tobytes()
 
 
 class FileTokenizer:
@@ -77,8 +77,8 @@ class FileTokenizer:
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, dtype=np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
-    def decode(self, tokens: Sequence[int]) -> bytes:
-        return self._backend.decode([int(t) for t in tokens], skip_special_tokens=False).encode()
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> bytes:
+        return self._backend.decode(np.asarray(tokens).tolist(), skip_special_tokens=False).encode()
 
 
 def create_tokenizer(choice: str | Path) -> Tokenizer:

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,7 +164,7 @@ def script(lab, monkeypatch):
                 logging.disable(logging.NOTSET)
 
     yield run
-    for name in ("cpu", "gpu", "_cpu_cases", "_cpu_models", "_gpu_cases", "_peers"):
+    for name in ("cpu", "gpu", "long_context", "_cpu_cases", "_cpu_models", "_gpu_cases", "_peers", "_probe_stream"):
         sys.modules.pop(name, None)
 
 
@@ -204,3 +205,63 @@ def test_a_cpu_case_runs_end_to_end(script, capsys, monkeypatch):
     monkeypatch.setattr(cpu, "roofs", lambda device: ROOFS)
     script("cpu", "--quick")
     assert "two naive softmaxes" in capsys.readouterr().out
+
+
+def test_the_long_context_script_trains_evaluates_and_merges(script, tmp_path, capsys):
+    """Tiny models: rows of both tables for each, and the page of two runs together."""
+    for name in ("gla", "softmax"):
+        script("long_context", "--device", "cpu", "--tiny", "--models", name, "--out", str(tmp_path / name))
+    script("long_context", "--merge", str(tmp_path / "gla"), str(tmp_path / "softmax"), "--out", str(tmp_path))
+    record = json.loads((tmp_path / "long_context.json").read_text(encoding="utf-8"))
+    assert [(fact["model"], fact["steps"]) for fact in record["models"]] == [("softmax", 2), ("gla", 2)]
+    assert len({round(fact["parameters"], -3) for fact in record["models"]}) == 1
+    for name in ("softmax", "gla"):
+        rows = [row for row in record["rows"] if row["model"] == name]
+        grid = {(r["task"], r["length"], r["depth"]) for r in rows if r["depth"] is not None}
+        assert grid == {
+            (task, length, depth)
+            for task in ("passkey", "needle")
+            for length in (320, 640)
+            for depth in (0, 0.25, 0.5, 0.75, 1)
+        }
+        assert [r["items"] for r in rows if r["task"] == "mqar"] == [4, 8, 16, 32, 64]
+        assert [r["length"] for r in rows if r["task"] == "induction"] == [64, 128, 256, 512]
+    page = (tmp_path / "long_context.md").read_text(encoding="utf-8")
+    assert (
+        page.count("| softmax | 25 % |") == page.count("| gla | 25 % |") == 2 and page in capsys.readouterr().out + page
+    )
+    changed = json.loads((tmp_path / "gla" / "long_context.json").read_text(encoding="utf-8"))
+    changed["settings"]["steps"] = 3
+    (tmp_path / "gla" / "long_context.json").write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(SystemExit, match="other settings.*steps"):
+        script("long_context", "--merge", str(tmp_path / "gla"), str(tmp_path / "softmax"), "--out", str(tmp_path))
+
+
+def test_the_stream_is_a_function_of_seed_and_step(script):
+    """Every target is the next token or what was paired, every kind weighs the same, and nothing is asked of filling."""
+    stream_of = importlib.import_module("_probe_stream").ProbeStream
+    stream = stream_of(3, 16, 400, 0)
+    tokens, targets, weights = stream[1]
+    assert tokens.shape == targets.shape == weights.shape == (16, 400)
+    for again in (stream[1], stream_of(2, 16, 400, 0)[1]):
+        assert all((a == b).all() for a, b in zip((tokens, targets, weights), again, strict=True))
+    assert (stream[2][0] != tokens).any() and (stream_of(3, 16, 400, 1)[1][0] != tokens).any()
+    assert len(list(stream)) == 3
+    assert ((targets >= 0) == (weights > 0)).all()
+    text, needles, pairs, heads = slice(0, 2), slice(2, 8), slice(8, 14), slice(14, 16)
+    for kind, weight in ((text, 1), (needles, 2), (pairs, 1), (heads, 1)):
+        assert weights[kind].sum() == pytest.approx(weight, rel=1e-4)
+    for row in range(8):
+        asked = targets[row, :-1] >= 0
+        asked[np.flatnonzero(targets[row] >= 0)[-1] :] = False  # nothing follows the last digit
+        assert (tokens[row, 1:][asked[:399]] == targets[row, :-1][asked[:399]]).all()
+    for row in range(2, 8):
+        said = bytes(int(t) for t in targets[row] if t >= 0).decode()
+        answer = "".join(chr(t) for t, w in zip(targets[row], weights[row], strict=True) if w > 1e-2 and t >= 0)
+        assert said.endswith(answer) and answer.strip().isdigit() and said.count(answer.strip()) == 2
+    for row in range(8, 16):
+        for place in np.flatnonzero(targets[row] >= 0):
+            (earlier,) = np.flatnonzero(tokens[row, 1:place] == tokens[row, place]) + 1
+            assert tokens[row, earlier + 1] == targets[row, place]
+    with pytest.raises(ValueError, match="batch=9 must be a multiple of 8"):
+        stream_of(1, 9, 400, 0)

@@ -18,11 +18,11 @@ def outputs(shape, dtype, device, backend, *, given, both=False, state=True):
     generator = torch.Generator().manual_seed(length)
     wide = torch.promote_types(dtype, torch.float32)
 
-    def draw(*size, like=wide):
-        t = torch.randn(size, dtype=torch.float64, generator=generator)
-        return t.to(given if like == dtype else torch.float32).to(device, like)
+    def draw(*size, exact=torch.float32, to=wide):
+        return torch.randn(size, dtype=torch.float64, generator=generator).to(exact).to(device, to)
 
-    x, skip, weights = draw(batch, length, dim, like=dtype), draw(dim), draw(batch, length, dim)
+    # The cotangent is exact in that dtype too: sums over thousands of tokens would show its rounding.
+    x, skip, weights = draw(batch, length, dim, exact=given, to=dtype), draw(dim), draw(batch, length, dim, exact=given)
     ahead, behind = (
         Coefficients(-draw(dim, averages).exp().clamp(max=3), draw(dim, averages), draw(dim, averages))
         for _ in range(2)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seqzoo.pipelines.documents.lra.citations import Library, citation_splits, sample
+from seqzoo.pipelines.documents.lra.documents import read_pairs, retrieval_splits, text_splits
+from seqzoo.pipelines.documents.lra.image import TEST, TRAIN, grey, image_splits, read_batch
 from seqzoo.pipelines.errors import UserError
-from seqzoo.pipelines.text.lra.citations import Library, citation_splits, sample
-from seqzoo.pipelines.text.lra.documents import read_pairs, retrieval_splits, text_splits
-from seqzoo.pipelines.text.lra.image import TEST, TRAIN, grey, image_splits, read_batch
 
 # --- pictures
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from seqzoo.pipelines.documents.lra.bits import below, bits, stream, uniform
+from seqzoo.pipelines.documents.lra.listops import CLOSE, SYMBOLS, Grammar, listops_splits, sample
+from seqzoo.pipelines.documents.lra.listops_files import evaluate, from_source, read_tsv, to_source, write_tsv
 from seqzoo.pipelines.errors import UserError
-from seqzoo.pipelines.text.lra.bits import below, bits, stream, uniform
-from seqzoo.pipelines.text.lra.listops import CLOSE, SYMBOLS, Grammar, listops_splits, sample
-from seqzoo.pipelines.text.lra.listops_files import evaluate, from_source, read_tsv, to_source, write_tsv
 
 SHORT = Grammar(min_length=5, max_length=60, max_depth=5, max_args=4)
 
@@ -152,7 +152,7 @@ def test_splits_are_cached_and_do_not_overlap(tmp_path, monkeypatch):
     assert {name: len(split) for name, split in made.items()} == sizes
     rows = [row.tobytes() for split in made.values() for row in split.tokens]
     assert len(set(rows)) == 250
-    monkeypatch.setattr("seqzoo.pipelines.text.lra.listops.sample", None)  # not called again
+    monkeypatch.setattr("seqzoo.pipelines.documents.lra.listops.sample", None)  # not called again
     again = listops_splits(**sizes, grammar=SHORT, cache_dir=tmp_path)
     for name, split in made.items():
         for field in ("tokens", "lengths", "labels"):

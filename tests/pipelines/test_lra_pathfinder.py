@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from seqzoo.pipelines.documents.lra import pathfinder
+from seqzoo.pipelines.documents.lra.bits import stream
+from seqzoo.pipelines.documents.lra.pathfinder import SETTINGS, name_of, pathfinder_splits, sample, scenes, setting
+from seqzoo.pipelines.documents.lra.snakes import Table, grow
 from seqzoo.pipelines.errors import UserError
-from seqzoo.pipelines.text.lra import pathfinder
-from seqzoo.pipelines.text.lra.bits import stream
-from seqzoo.pipelines.text.lra.pathfinder import SETTINGS, name_of, pathfinder_splits, sample, scenes, setting
-from seqzoo.pipelines.text.lra.snakes import Table, grow
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from seqzoo.pipelines.text.lra.published import FAIL, MAJORITY, PUBLISHED, TASKS, Row
+from seqzoo.pipelines.documents.lra.published import FAIL, MAJORITY, PUBLISHED, TASKS, Row
 
 ROWS = {row.model: row for row in PUBLISHED}
 

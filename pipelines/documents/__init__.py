@@ -1,0 +1,1 @@
+"""The documents pipeline: long documents in classes, the user's own and those of Long Range Arena."""
