@@ -233,12 +233,12 @@ def test_the_long_context_script_trains_evaluates_and_merges(script, tmp_path, c
     changed = json.loads((tmp_path / "gla" / "long_context.json").read_text(encoding="utf-8"))
     changed["settings"]["steps"] = 3
     (tmp_path / "gla" / "long_context.json").write_text(json.dumps(changed), encoding="utf-8")
-    with pytest.raises(SystemExit, match="other settings.*steps"):
+    with pytest.raises(SystemExit, match=r"other settings.*steps"):
         script("long_context", "--merge", str(tmp_path / "gla"), str(tmp_path / "softmax"), "--out", str(tmp_path))
 
 
 def test_the_stream_is_a_function_of_seed_and_step(script):
-    """Every target is the next token or what was paired, every kind weighs the same, and nothing is asked of filling."""
+    """Every target is the next token or what was paired, and every kind weighs the same."""
     stream_of = importlib.import_module("_probe_stream").ProbeStream
     stream = stream_of(3, 16, 400, 0)
     tokens, targets, weights = stream[1]
