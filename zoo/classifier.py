@@ -170,17 +170,30 @@ class SequenceClassifier(nn.Module):
         return SequenceOutput(self.head(x), None, out.aux)
 
 
-_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": ("Documents in classes, any mixer (`mixer`), two blocks of width 64.", {"dim": 64, "depth": 2}),
-    "small": ("Documents in classes, any mixer, four blocks of width 128.", {"dim": 128, "depth": 4}),
-    "base": ("Documents in classes, any mixer, six blocks of width 512.", {"dim": 512, "depth": 6}),
+_SIZES: dict[str, tuple[str, dict[str, int]]] = {
+    "tiny": ("two blocks of width 64", {"dim": 64, "depth": 2}),
+    "small": ("four blocks of width 128", {"dim": 128, "depth": 4}),
+    "base": ("six blocks of width 512", {"dim": 512, "depth": 6}),
 }
-register_sizes(
-    "classifier",
-    SequenceClassifier,
-    _SIZES,
-    module=__name__,
-    task="documents",
-    paper="arXiv:2011.04006",
-    mlp_ratio=2.0,
+
+
+def _hybrid(recurrent: int, heads: int, window: int) -> dict[str, Any]:
+    """Mamba-2 in both directions, which knows the order, then attention within a window."""
+    scan = {"name": "mamba2", "d_state": 64, "head_dim": 32}
+    local = {"name": "softmax", "num_heads": heads, "position": "rope", "window_size": window}
+    return {"mixer": [scan] * recurrent + [local], "position": "none"}
+
+
+def _family(family: str, what: str, paper: str, own: dict[str, dict[str, Any]]) -> None:
+    sizes = {size: (f"{what}, {shape}.", {**options, **own[size]}) for size, (shape, options) in _SIZES.items()}
+    shared: dict[str, Any] = {"task": "documents", "paper": paper, "mlp_ratio": 2.0}
+    register_sizes(family, SequenceClassifier, sizes, module=__name__, **shared)
+
+
+_family("classifier", "Documents in classes, any mixer (`mixer`)", "arXiv:2011.04006", {size: {} for size in _SIZES})
+_family(
+    "hybrid_classifier",
+    "Documents in classes, Mamba-2 and attention in a window",
+    "arXiv:2405.21060",
+    {"tiny": _hybrid(1, 4, 64), "small": _hybrid(3, 4, 128), "base": _hybrid(2, 8, 256)},
 )
