@@ -1,4 +1,4 @@
-"""Pictures of a run: forecasts against the truth, error by horizon, loss curves.
+"""Pictures of a run: forecasts against the truth, error by horizon, loss curves, confusion of labels.
 
 matplotlib is an extra. Without it each function logs how to get it and returns None; the run goes on.
 """
@@ -323,3 +323,44 @@ def plot_curves(
         if len(curves) > 1:
             figure.legend(loc="outside right center")
     return Path(path)
+
+
+def plot_confusion(
+    counts: np.ndarray, labels: Sequence[str], path: str | Path, *, title: str = "", max_labels: int = 30
+) -> Path | None:
+    """A confusion matrix: of the documents with a true label (a row), the share that got each answer (a column).
+
+    counts: whole numbers (C, C); a cell has its share and its count. With more than `max_labels` classes only the most
+    frequent ones are drawn. Returns the path, None without matplotlib.
+    """
+    if not can_draw("the confusion matrix"):
+        return None
+    kept = np.sort(np.argsort(-counts.sum(1), kind="stable")[:max_labels])
+    if len(kept) < len(labels):
+        title += f" (the {len(kept)} most frequent of {len(labels)} labels)"
+    totals = counts[kept].sum(1, keepdims=True)
+    counts, names = counts[np.ix_(kept, kept)], [_short(labels[i]) for i in kept]
+    shares = counts / np.maximum(totals, 1)
+    size = len(names)
+    with new_figure(path) as figure:
+        figure.set_size_inches(2.6 + 0.55 * size, 2.0 + 0.5 * size)
+        panel = figure.subplots()
+        panel.grid(False)
+        image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for row, column in np.ndindex(counts.shape):
+            if counts[row, column] and size <= 16:
+                color = "white" if shares[row, column] > 0.6 else TRUTH
+                text = f"{shares[row, column]:.0%}\n{counts[row, column]:,}"
+                panel.text(column, row, text, ha="center", va="center", color=color, fontsize=6.5)
+        panel.set_xticks(range(size), names, rotation=45 if max(map(len, names)) > 3 else 0, ha="right")
+        panel.set_yticks(range(size), [f"{name} ({int(n):,})" for name, n in zip(names, totals[:, 0], strict=True)])
+        panel.set_xlabel("answered")
+        panel.set_ylabel("true label (documents)")
+        figure.colorbar(image, ax=panel, label="share of the true label", shrink=0.8)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return Path(path)
+
+
+def _short(name: str, longest: int = 18) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 3]}..."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ...zoo import save_model
 from ..checkpoints import saved_parameters
@@ -94,13 +97,13 @@ def report(
     trainer: Any, module: DocumentModule, data: DocumentData, run_dir: Path, cfg: dict[str, Any]
 ) -> dict[str, Any]:
     """Print and write accuracy beside the majority label and chance, and the confusion matrix."""
+    from ..pictures import plot_confusion
+
     found = module.test_sums.compute()
     labels = module.schema["labels"]
     train, test = module.schema["train_counts"], data.sets["test"].counts(len(labels))
     name = module.hparams["model"]["name"]
     columns = ("accuracy", "macro_f1", "loss")
-    import numpy as np
-
     rows = [{"method": f"{name}, {mixer_name(module.hparams['model'])}", **{key: found[key] for key in columns}}]
     rows += baselines(np.array(train), test, labels)
     print_table(rows, title=f"test: {data.schema()['title']}, {found['documents']:,} documents, {len(labels)} classes")
@@ -110,6 +113,12 @@ def report(
         for label, line in zip(labels, found["confusion"], strict=True)
     ]
     write_csv(run_dir / "confusion.csv", confusion)
+    plot_confusion(
+        np.array(found["confusion"]),
+        labels,
+        run_dir / "confusion.png",
+        title=f"{data.schema()['title']}: {found['accuracy']:.1%} right, majority {rows[1]['accuracy']:.1%}",
+    )
     scores = {key: found[key] for key in (*columns, "documents")}
     write_metrics(run_dir, {"test": scores, "majority": rows[1]["accuracy"], "chance": rows[2]["accuracy"]}, "test")
     print(f"tables and pictures in {run_dir}", flush=True)
@@ -126,4 +135,18 @@ def mixer_name(model: dict[str, Any]) -> str:
 
 
 def predict(trainer: Any, module: DocumentModule, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    raise NotImplementedError
+    """Label the documents of `data.path`, into predictions.csv."""
+    from .predict import check_output, classify
+
+    output = check_output(cfg.get("output") or run_dir / "predictions.csv")
+    rows = classify(trainer, module, build_data(cfg))
+    write_csv(output, rows)
+    counts = Counter(row["label"] for row in rows)
+    print_table([{"label": label, "documents": counts[label]} for label in module.schema["labels"]], title="predicted")
+    print(f"{len(rows):,} document(s) in {output}", flush=True)
+    known = [row for row in rows if row.get("given") is not None]
+    found: dict[str, Any] = {"documents": len(rows)}
+    if known:
+        found["accuracy"] = sum(row["label"] == row["given"] for row in known) / len(known)
+        print(f"{found['accuracy']:.1%} of the {len(known):,} labels that the documents have", flush=True)
+    return found
