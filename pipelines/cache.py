@@ -94,4 +94,4 @@ def _prune(parent: Path, keep: Path) -> None:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # paths need not be UTF-8

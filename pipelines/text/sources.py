@@ -47,6 +47,11 @@ def name_bytes(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
+def printable(name: str) -> str:
+    """A name for a terminal: what is not UTF-8 as U+FFFD."""
+    return name_bytes(name).decode("utf-8", "replace")
+
+
 def standard_library() -> list[Path]:
     """The Python sources of the standard library in order of their names, without tests, and without the file that the
     build of this Python wrote (its paths and flags)."""

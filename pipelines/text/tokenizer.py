@@ -43,7 +43,8 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer of the `tokenizers` package from its JSON file; invalid UTF-8 becomes U+FFFD there.
+    """A tokenizer of the `tokenizers` package from its JSON file. It knows text, not bytes: what is not UTF-8 becomes
+    U+FFFD; replaced: how many of these it has made.
 
     Raises UserError for a missing package, file or separator: the special token <|separator|>, or else one of the
     usual ends of text.
@@ -70,10 +71,15 @@ class FileTokenizer:
         if not ids:
             raise UserError(f"data.tokenizer={path} has none of the tokens {', '.join(self._ENDS)} to end a text with")
         self.separator = ids[0]
+        self.replaced = 0
         self.key = f"{path.name}:{hashlib.sha256(content).hexdigest()[:16]}"
 
     def encode(self, content: bytes) -> np.ndarray:
-        text = content.decode("utf-8", "replace")
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            text = content.decode("utf-8", "replace")
+            self.replaced += text.count("\ufffd") - content.count("\ufffd".encode())
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, dtype=np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import UserError, nearest
 from .sources import read_documents, source_files
 from .tokenizer import train_bpe
+from .writing import parts
 
 USAGE = """usage: lightning tokenizer path=FILE|FOLDER|PATTERN output=bpe.json [vocab_size=4096] [field=text]
        trains a byte-level BPE on the files and writes it as a tokenizers JSON file, for data.tokenizer=bpe.json;
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         nonlocal size
         for document in read_documents(files, Path("/"), field=str(given["field"])):
             size += document.size
-            yield document.content[document.begin : document.end]
+            yield from parts(document)
 
     made = train_bpe(contents(), str(given["output"]), vocab_size=int(str(given["vocab_size"])))
     output = given["output"]

@@ -68,7 +68,11 @@ def test_a_single_document_is_cut_in_order_after_lines(tmp_path: Path) -> None:
     text = b"".join(b"line %d\n" % i for i in range(1000))
     (tmp_path / "one.txt").write_bytes(text)
     found = load_corpus(str(tmp_path / "one.txt"), BYTES, split_ratio=(0.9, 0.05, 0.05), cache_dir=tmp_path)
-    assert list(found.names) == ["one.txt[train]", "one.txt[val]", "one.txt[test]"] and found.split.tolist() == [0, 1, 2]
+    assert list(found.names) == ["one.txt[train]", "one.txt[val]", "one.txt[test]"] and found.split.tolist() == [
+        0,
+        1,
+        2,
+    ]
     parts = list(contents(found).values())
     assert b"".join(parts) == text and all(p.endswith(b"\n") for p in parts)
     assert np.abs(found.sizes / len(text) - [0.9, 0.05, 0.05]).max() < 0.002
