@@ -49,10 +49,14 @@ def _dispatch(arguments: list[str]) -> int:
         return _run(word, rest)
     if word in LISTINGS:
         return _list(word, rest)
-    if word in TOOLS:
+    if word == "tokenizer":
         from .text.tokenizer_command import main as train_tokenizer
 
         return train_tokenizer(rest)
+    if word == "lra":
+        from .documents.lra_command import main as print_arena
+
+        return print_arena(rest)
     delegated = _lightning_sdk(word, arguments)
     if delegated is not None:
         return delegated

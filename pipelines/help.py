@@ -13,7 +13,7 @@ COMMANDS = {
     "fit": "train, then test; writes a run folder with config, metrics, checkpoints and pictures",
     "validate": "the validation metrics of a checkpoint (ckpt_path=...)",
     "test": "the test metrics of a checkpoint beside the naive baselines",
-    "predict": "forecasts of the user's file (data.path=...) or a continued text (task.prompt=...) from a checkpoint",
+    "predict": "forecasts or labels of the user's files (data.path=...), or a continued text (task.prompt=...)",
 }
 LISTINGS = {
     "mixers": "table of the token mixers: paper, patterns, options (--json)",
@@ -22,6 +22,7 @@ LISTINGS = {
 }
 TOOLS = {
     "tokenizer": "train a byte-level BPE on text files: path=books/ output=bpe.json vocab_size=4096",
+    "lra": "our runs on Long Range Arena with their settings, and the published table below: runs=runs",
 }
 FLAGS = {
     "-m, --multirun": "sweep: mixer=softmax,linear runs one job for each value, each in a fresh process",
@@ -35,6 +36,7 @@ EXAMPLES = (
     "lightning fit experiment=forecasting/weather mixer=linear trainer.max_epochs=3",
     "lightning fit data=csv data.path=sales.csv data.targets=[sales] data.pred_len=14",
     "lightning fit experiment=text/stdlib_bytes data=text data.path=books/",
+    "lightning fit experiment=documents/labelled data.path=folders_named_by_label/",
     "lightning predict experiment=text/stdlib_bytes ckpt_path=best task.prompt='Once upon a time'",
     "lightning fit mixer._target_=my_module.MyMixer mixer.my_option=3",
     "lightning fit -m mixer=softmax,linear,s4d seed=0,1",

@@ -352,7 +352,8 @@ def plot_confusion(
                 color = "white" if shares[row, column] > 0.6 else TRUTH
                 text = f"{shares[row, column]:.0%}\n{counts[row, column]:,}"
                 panel.text(column, row, text, ha="center", va="center", color=color, fontsize=6.5)
-        panel.set_xticks(range(size), names, rotation=45 if max(map(len, names)) > 3 else 0, ha="right")
+        long = max(map(len, names)) > 3
+        panel.set_xticks(range(size), names, rotation=45 if long else 0, ha="right" if long else "center")
         panel.set_yticks(range(size), [f"{name} ({int(n):,})" for name, n in zip(names, totals[:, 0], strict=True)])
         panel.set_xlabel("answered")
         panel.set_ylabel("true label (documents)")

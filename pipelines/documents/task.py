@@ -120,7 +120,15 @@ def report(
         title=f"{data.schema()['title']}: {found['accuracy']:.1%} right, majority {rows[1]['accuracy']:.1%}",
     )
     scores = {key: found[key] for key in (*columns, "documents")}
-    write_metrics(run_dir, {"test": scores, "majority": rows[1]["accuracy"], "chance": rows[2]["accuracy"]}, "test")
+    record = {
+        "title": data.schema()["title"],
+        "test": scores,
+        "majority": rows[1]["accuracy"],
+        "chance": rows[2]["accuracy"],
+        "train_documents": sum(train),
+        "parameters": sum(p.numel() for p in module.net.parameters()),
+    }
+    write_metrics(run_dir, record, "test")
     print(f"tables and pictures in {run_dir}", flush=True)
     values = {f"test/{key}": value for key, value in scores.items()}
     return {**values, "test/majority": rows[1]["accuracy"], "test/chance": rows[2]["accuracy"]}
