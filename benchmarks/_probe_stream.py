@@ -1,8 +1,10 @@
-"""What long_context.py trains on: rows of text, of needles in it, of MQAR and of induction heads, from a seed.
+"""What long_context.py trains on: text, needles in texts, MQAR and induction heads, from a seed.
 
-A batch is a function of (seed, step), so that every model reads the same stream whatever its speed and however many
-processes prepare it. A row has `seq_len` tokens, is filled up with the separator on the right, and each kind of target
-has the same weight in the loss, however many of them a batch holds.
+Steps take turns: even ones hold rows of `seq_len` bytes, a quarter source text and the others passkeys and needles; odd
+ones hold rows of one shorter or equal length, three quarters MQAR and the others induction heads, as many rows as give
+the same number of tokens. Easy rows come first: lengths begin at 64 and reach seq_len after a third of the steps. Each
+kind of target weighs the same in the loss of a step, however many of them there are. A batch is a function of (seed,
+step, steps), so that every model reads the same stream whatever its speed and however many processes prepare it.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from torch.utils.data import Dataset
 
 from seqzoo.pipelines.text.probes.generate import draw_probe
 from seqzoo.pipelines.text.probes.scores import teacher_forced
+from seqzoo.pipelines.text.probes.text_tasks import Probe
 from seqzoo.pipelines.text.probes.token_grid import after_separator
 from seqzoo.pipelines.text.probes.token_tasks import NOT_ASKED, token_batch
 from seqzoo.pipelines.text.sources import standard_library
 
-SHARES = {"text": 1, "needle": 3, "mqar": 3, "induction": 1}  # rows of eight
 SHORTEST = 320  # bytes that any needle with its question fits
 PAIRS = (4, 8, 16, 32, 64)
+GROWTH = 1 / 3  # of the steps, until rows of tokens have all lengths
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -44,16 +47,16 @@ def text_rows(
 class ProbeStream(Dataset):
     """Item n is the batch of step n: tokens uint8, targets int16 (-100: none) and weights float32, all (B, L).
 
-    steps: items. batch: rows, a multiple of eight.
+    steps: items. batch: rows of seq_len, a multiple of four. Raises ValueError for sizes outside these.
     """
 
     def __init__(self, steps: int, batch: int, seq_len: int, seed: int) -> None:
-        if batch % sum(SHARES.values()):
-            raise ValueError(f"batch={batch} must be a multiple of {sum(SHARES.values())}")
+        if batch < 4 or batch % 4:
+            raise ValueError(f"batch={batch} must be a multiple of 4")
         if seq_len < SHORTEST:
             raise ValueError(f"seq_len={seq_len} must be {SHORTEST} or more: a needle and its question must fit")
-        self.steps, self.seq_len, self.seed = steps, seq_len, seed
-        self.rows = {kind: share * batch // sum(SHARES.values()) for kind, share in SHARES.items()}
+        self.steps, self.batch, self.seq_len, self.seed = steps, batch, seq_len, seed
+        self.lengths = [2**power for power in range(6, seq_len.bit_length())]
         library()  # before worker processes start, which then share it
 
     def __len__(self) -> int:
@@ -63,35 +66,47 @@ class ProbeStream(Dataset):
         if step >= self.steps:
             raise IndexError(step)
         rng = np.random.default_rng([self.seed, step])
-        tokens, targets, weights = zip(*(_filled(part, self.seq_len) for part in self._parts(rng)), strict=True)
+        parts = self._tokens(rng, step) if step % 2 else self._texts(rng)
+        width = max(tokens.shape[1] for tokens, _, _ in parts)
+        tokens, targets, weights = zip(*(_filled(part, width) for part in parts), strict=True)
         return np.concatenate(tokens), np.concatenate(targets), np.concatenate(weights)
 
-    def _parts(self, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(tokens, targets, weights) of each kind and length."""
-        tokens, targets = text_rows(rng, self.rows["text"], self.seq_len)
-        parts = [(tokens, targets, np.full(targets.shape, 1 / targets.size))]
-        needles = []
-        for _ in range(self.rows["needle"]):
-            task = ("passkey", "needle")[rng.integers(2)]
-            needles.append(draw_probe(rng, task, int(rng.integers(SHORTEST, self.seq_len + 1))))
-        parts.append(_needles(needles))
-        for kind in ("mqar", "induction"):
-            drawn = [self._token_row(rng, kind) for _ in range(self.rows[kind])]
-            asked = sum(int((wanted != NOT_ASKED).sum()) for _, wanted in drawn)
-            parts += [(*row, np.where(row[1] != NOT_ASKED, 1 / asked, 0.0)) for row in drawn]
-        return parts
+    def _texts(self, rng: np.random.Generator) -> list[Batch]:
+        rows = self.batch // 4
+        tokens, targets = text_rows(rng, rows, self.seq_len)
+        probes = [
+            draw_probe(rng, ("passkey", "needle")[rng.integers(2)], int(rng.integers(SHORTEST, self.seq_len + 1)))
+            for _ in range(self.batch - rows)
+        ]
+        return [(tokens, targets, np.full(targets.shape, 1 / targets.size)), _needles(probes)]
 
-    def _token_row(self, rng: np.random.Generator, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """At a power of two from 64 to seq_len, with any number of PAIRS that fits, all equally likely."""
-        length = 2 ** int(rng.integers(6, self.seq_len.bit_length()))
-        if kind == "induction":
-            return after_separator(token_batch("induction", rng, 1, length - 1, vocab_size=16))
+    def _tokens(self, rng: np.random.Generator, step: int) -> list[Batch]:
+        grown = 1 + int(len(self.lengths) * step / (GROWTH * self.steps))
+        length = self.lengths[rng.integers(min(grown, len(self.lengths)))]
+        rows = self.batch * self.seq_len // length
         fitting = [n for n in PAIRS if 4 * n < length]
-        pairs = fitting[rng.integers(len(fitting))]
-        return after_separator(token_batch("mqar", rng, 1, length - 1, num_pairs=pairs, vocab_size=256))
+        each = max(1, 3 * rows // (4 * len(fitting)))
+        parts = [
+            after_separator(token_batch("mqar", rng, each, length - 1, num_pairs=n, vocab_size=256)) for n in fitting
+        ]
+        parts.append(
+            after_separator(
+                token_batch("induction", rng, max(1, rows - each * len(fitting)), length - 1, vocab_size=16)
+            )
+        )
+        return [
+            (tokens, targets, (targets != NOT_ASKED) / n)
+            for (tokens, targets), n in zip(parts, _totals(parts), strict=True)
+        ]
 
 
-def _needles(probes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _totals(parts: list[tuple[np.ndarray, np.ndarray]]) -> list[int]:
+    """By what the weights of a part are divided: MQAR's parts weigh one together, and so does induction."""
+    asked = [int((targets != NOT_ASKED).sum()) for _, targets in parts]
+    return [sum(asked[:-1])] * (len(parts) - 1) + asked[-1:]
+
+
+def _needles(probes: list[Probe]) -> Batch:
     """The answers weigh as much together as everything before them, which is asked too."""
     tokens, answers = teacher_forced(probes, lambda text: list(text.encode()))
     targets = np.full(answers.shape, NOT_ASKED)
@@ -102,9 +117,9 @@ def _needles(probes: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens, targets, answer / answer.sum() + other / other.sum()
 
 
-def _filled(part: tuple[np.ndarray, np.ndarray, np.ndarray], seq_len: int) -> Batch:
+def _filled(part: Batch, width: int) -> Batch:
     tokens, targets, weights = part
-    room = ((0, 0), (0, seq_len - tokens.shape[1]))
+    room = ((0, 0), (0, width - tokens.shape[1]))
     return (
         np.pad(tokens, room).astype(np.uint8),
         np.pad(targets, room, constant_values=NOT_ASKED).astype(np.int16),

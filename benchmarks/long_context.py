@@ -1,6 +1,6 @@
 """Needles and recall after the same training: softmax, Mamba-2, gated linear attention and a hybrid.
 
-    python benchmarks/long_context.py [--models softmax mamba2 gla hybrid] [--steps 5000] [--minutes 4]
+    python benchmarks/long_context.py [--models softmax mamba2 gla hybrid] [--steps 3000] [--minutes 4]
     python benchmarks/long_context.py --models gla --out runs/gla        # one model, in a process of its own ...
     python benchmarks/long_context.py --merge runs/softmax runs/gla      # ... and their rows together
     python benchmarks/long_context.py --device cpu --tiny --out /tmp/results     a test of this script, in seconds
@@ -46,10 +46,10 @@ from seqzoo.zoo import LanguageModel, create_model
 NAME = "long_context"
 MODELS = ("softmax", "mamba2", "gla", "hybrid")
 WITHIN = 0.03  # of the parameters of softmax
-MUON = {"name": "muon", "lr": 0.02, "adam_lr": 4e-3, "weight_decay": 0.1, "momentum": 0.95, "betas": [0.9, 0.95]}
+MUON = {"name": "muon", "lr": 0.02, "adam_lr": 1e-2, "weight_decay": 0.1, "momentum": 0.95, "betas": [0.9, 0.95]}
 SCHEDULE = {"name": "wsd", "warmup_fraction": 0.03, "decay_fraction": 0.4}
 NEEDLES = ("passkey", "needle")
-TINY = {"steps": 2, "width": 32, "depth": 4, "seq_len": SHORTEST, "batch": 8, "samples": 1}
+TINY = {"steps": 2, "width": 32, "depth": 2, "seq_len": SHORTEST, "batch": 8, "samples": 1}
 
 
 def mixers(name: str, width: int, backend: str = "auto") -> Any:
@@ -61,7 +61,7 @@ def mixers(name: str, width: int, backend: str = "auto") -> Any:
         "softmax": {"name": "softmax", **heads, "position": "rope"},
         "mamba2": recurrent,
         "gla": {"name": "gla", **heads, "d_conv": 4, "backend": backend},  # with the short convolution that Mamba-2 has
-        "hybrid": [recurrent, recurrent, recurrent, window],
+        "hybrid": [recurrent, window],
     }[name]
 
 
@@ -98,7 +98,7 @@ def train(net: LanguageModel, options: argparse.Namespace, device: torch.device)
         None,
         num_workers=options.workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=32 if options.workers else None,
+        prefetch_factor=8 if options.workers else None,
     )
     optimizer = create_optimizer(net, {**MUON, "lr": options.lr, "adam_lr": options.adam_lr})
     scale = 1000  # of the progress, so that time and steps drive one schedule
@@ -275,12 +275,12 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--steps", type=int, default=5000, help="the budget, the same for all")
+    parser.add_argument("--steps", type=int, default=3000, help="the budget, the same for all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training a model, at most")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=32, help="rows, a multiple of eight")
+    parser.add_argument("--batch", type=int, default=64, help="rows of seq-len, a multiple of four")
     parser.add_argument("--lr", type=float, default=MUON["lr"], help="of Muon, for the matrices")
     parser.add_argument("--adam-lr", type=float, default=MUON["adam_lr"], help="of everything else")
     parser.add_argument("--samples", type=int, default=20, help="probes of each depth and length")

@@ -240,28 +240,31 @@ def test_the_long_context_script_trains_evaluates_and_merges(script, tmp_path, c
 def test_the_stream_is_a_function_of_seed_and_step(script):
     """Every target is the next token or what was paired, and every kind weighs the same."""
     stream_of = importlib.import_module("_probe_stream").ProbeStream
-    stream = stream_of(3, 16, 400, 0)
-    tokens, targets, weights = stream[1]
-    assert tokens.shape == targets.shape == weights.shape == (16, 400)
-    for again in (stream[1], stream_of(2, 16, 400, 0)[1]):
-        assert all((a == b).all() for a, b in zip((tokens, targets, weights), again, strict=True))
-    assert (stream[2][0] != tokens).any() and (stream_of(3, 16, 400, 1)[1][0] != tokens).any()
-    assert len(list(stream)) == 3
-    assert ((targets >= 0) == (weights > 0)).all()
-    text, needles, pairs, heads = slice(0, 2), slice(2, 8), slice(8, 14), slice(14, 16)
-    for kind, weight in ((text, 1), (needles, 2), (pairs, 1), (heads, 1)):
-        assert weights[kind].sum() == pytest.approx(weight, rel=1e-4)
+    stream = stream_of(90, 8, 400, 0)
+    for step in (0, 1, 89):
+        again, other = stream_of(90, 8, 400, 0)[step], stream_of(90, 8, 400, 1)[step]
+        assert all((a == b).all() for a, b in zip(stream[step], again, strict=True))
+        assert stream[step][0].shape != other[0].shape or (stream[step][0] != other[0]).any()
+    for tokens, targets, weights in stream:
+        assert tokens.shape == targets.shape == weights.shape and tokens.size <= 8 * 400
+        assert ((targets >= 0) == (weights > 0)).all()
+    assert {stream[step][0].shape[1] for step in range(0, 90, 2)} == {400}
+    lengths = [stream[step][0].shape[1] for step in range(1, 90, 2)]
+    assert set(lengths[:5]) == {64} and set(lengths) == {64, 128, 256} and max(lengths[:10]) < 256
+    tokens, targets, weights = stream[2]  # two rows of text, six of needles
+    assert weights[:2].sum() == pytest.approx(1, rel=1e-4) and weights[2:].sum() == pytest.approx(2, rel=1e-4)
     for row in range(8):
-        asked = targets[row, :-1] >= 0
-        asked[np.flatnonzero(targets[row] >= 0)[-1] :] = False  # nothing follows the last digit
-        assert (tokens[row, 1:][asked[:399]] == targets[row, :-1][asked[:399]]).all()
+        (asked,) = np.nonzero(targets[row] >= 0)
+        assert (tokens[row, asked[1:]] == targets[row, asked[:-1]]).all() and (np.diff(asked) == 1).all()
     for row in range(2, 8):
         said = bytes(int(t) for t in targets[row] if t >= 0).decode()
-        answer = "".join(chr(t) for t, w in zip(targets[row], weights[row], strict=True) if w > 1e-2 and t >= 0)
+        answer = "".join(chr(t) for t, w in zip(targets[row], weights[row], strict=True) if w > 1e-2)
         assert said.endswith(answer) and answer.strip().isdigit() and said.count(answer.strip()) == 2
-    for row in range(8, 16):
-        for place in np.flatnonzero(targets[row] >= 0):
-            (earlier,) = np.flatnonzero(tokens[row, 1:place] == tokens[row, place]) + 1
-            assert tokens[row, earlier + 1] == targets[row, place]
-    with pytest.raises(ValueError, match="batch=9 must be a multiple of 8"):
+    tokens, targets, weights = stream[89]
+    heads = (targets >= 0).sum(1) == 1
+    assert weights[heads].sum() == pytest.approx(1, rel=1e-4) and weights[~heads].sum() == pytest.approx(1, rel=1e-4)
+    for row, place in np.argwhere(targets >= 0):
+        (earlier,) = np.flatnonzero(tokens[row, 1:place] == tokens[row, place]) + 1
+        assert tokens[row, earlier + 1] == targets[row, place]
+    with pytest.raises(ValueError, match="batch=9 must be a multiple of 4"):
         stream_of(1, 9, 400, 0)
