@@ -5,7 +5,8 @@
 The task (MQAR, Arora et al., arXiv:2312.04927, recipe of their public code at a smaller vocabulary): a row holds n
 pairs (key, value), keys and values drawn without replacement from two halves of the vocabulary; each key comes once
 more at a place drawn with p(gap g) ~ g^(a-1), a = 0.01, and the model must then give its value. Other places hold
-random tokens that are no key of the row (the public recipe lets them collide, which is label noise).
+random keys that are not of the row, or 0 (the public recipe lets them collide, which is label noise; the probes of
+pipelines/text/probes/token_tasks.py put values there too: another distribution than that of the results here).
 
 Every mixer sits in the same model (a causal convolution of three taps after the embedding, as in the public hybrids,
 then two blocks of width 64 with a GELU feed-forward; no positions) and sees the same batches for the same number of
