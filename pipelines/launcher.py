@@ -229,7 +229,7 @@ def _job(
         plain = _plain(cfg, overrides, choices, request.config_dirs)
         run_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-        line = " ".join([request.command, *overrides])
+        line = " ".join([request.command, *overrides]).encode("utf-8", "backslashreplace").decode()
         # predict and test may be given the folder of a fit: its config stays as it was.
         name = "config.yaml" if request.command == "fit" else f"config-{request.command}.yaml"
         atomic_write_text(run_dir / name, f"# seqzoo {line}\n{text}")

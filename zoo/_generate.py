@@ -14,15 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..blocks.layers.chunk_attention import ChunkAttention
-from ..blocks.layers.positions import LearnedPosition
-from ..blocks.layers.relative_bias import SimpleRelativeBias
 from ..blocks.protocol import State, map_state, select_rows
 from ..blocks.registry import list_mixers
 from ._language import LanguageModel
+from ._prompts import Ids, generators, is_integer, read_prompts, read_stops, room
 from ._sampling import Sampling
 
-Ids = Tensor | Sequence[int]
 NO_TOKEN = -1
 
 
@@ -52,6 +49,7 @@ def generate(
     repetition_penalty: float = 1.0,
     stop: Iterable[Ids] = (),
     stop_tokens: Iterable[int] = (),
+    stop_when: Callable[[int, int], bool] | None = None,
     seed: int | Sequence[int] | None = None,
     prefill_chunk: int = 2048,
     max_len: int | None = None,
@@ -72,6 +70,8 @@ def generate(
         (to tokens of prompt and answer), temperature, top_k, top_p, min_p.
     stop: sequences of ids that end a row, looked for in its new tokens; where two end together the longer is cut.
     stop_tokens: single ids that do.
+    stop_when: called with every new token, as (number of the prompt, id); a row whose call returns True ends after that
+        token: how to stop at a text that a tokenizer may cut in many ways.
     seed: row i draws from a generator of its own with seed + i, on the CPU, so that neither the other rows nor the
         device matter; or one seed per row. None takes a seed from torch's own generator.
     prefill_chunk: tokens of a prompt read in one call; it bounds the memory of prefill.
@@ -93,6 +93,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         stop=stop,
         stop_tokens=stop_tokens,
+        stop_when=stop_when,
         seed=seed,
         prefill_chunk=prefill_chunk,
         max_len=max_len,
@@ -119,6 +120,7 @@ def generate_tokens(
     repetition_penalty: float = 1.0,
     stop: Iterable[Ids] = (),
     stop_tokens: Iterable[int] = (),
+    stop_when: Callable[[int, int], bool] | None = None,
     seed: int | Sequence[int] | None = None,
     prefill_chunk: int = 2048,
     max_len: int | None = None,
@@ -129,25 +131,25 @@ def generate_tokens(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if not _is_integer(value) or value < 1:
+        if not is_integer(value) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer")
-    if max_len is not None and (not _is_integer(max_len) or max_len < 1):
+    if max_len is not None and (not is_integer(max_len) or max_len < 1):
         raise ValueError(f"max_len={max_len!r} must be a positive integer, or None for no bound")
     _check_model(model)
     vocab_size: int = model.vocab_size  # type: ignore[assignment]
-    tokens = _read_prompts(prompts, vocab_size)
-    stops = _read_stops(stop, stop_tokens, vocab_size)
-    room = _room(model, [len(row) for row in tokens], max_len)
+    tokens = read_prompts(prompts, vocab_size)
+    stops = read_stops(stop, stop_tokens, vocab_size)
+    bounds = room(model, [len(row) for row in tokens], max_len)
     tail = max((len(s) for s in stops), default=0)
     rows = [
         _Row(i, min(max_new_tokens, number), None if sampling.greedy else generator, deque(maxlen=tail))
-        for i, (number, generator) in enumerate(zip(room, _generators(seed, len(tokens)), strict=True))
+        for i, (number, generator) in enumerate(zip(bounds, generators(seed, len(tokens)), strict=True))
     ]
     slots = max(len(row) for row in tokens) + max(row.left for row in rows) - 1
     state = model.init_state(  # type: ignore[operator]
         len(tokens), max_len=None if max_len is None else slots, device=_device(model)
     )
-    return _stream(model, tokens, rows, state, sampling, stops, prefill_chunk)
+    return _stream(model, tokens, rows, state, sampling, stops, stop_when, prefill_chunk)
 
 
 @dataclass
@@ -178,6 +180,7 @@ def _stream(
     state: State,
     sampling: Sampling,
     stops: list[tuple[int, ...]],
+    stop_when: Callable[[int, int], bool] | None,
     chunk: int,
 ) -> Iterator[TokenStep]:
     batch, device = len(prompts), _device(model)
@@ -197,7 +200,8 @@ def _stream(
         for row, token in zip(rows, chosen.tolist(), strict=True):
             tokens[row.index] = token
             stop_len[row.index] = length = row.stopped(token, stops)
-            running[row.index] = length == 0 and row.left > 0
+            ended = stop_when is not None and stop_when(row.index, token)
+            running[row.index] = length == 0 and row.left > 0 and not ended
         going = running[[row.index for row in rows]]
         yield TokenStep(tokens, running, stop_len, logits)
         if not going.any():
@@ -287,7 +291,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not _is_integer(getattr(model, "vocab_size", None)) or not hasattr(model, "init_state"):
+    if not is_integer(getattr(model, "vocab_size", None)) or not hasattr(model, "init_state"):
         raise ValueError(
             f"{type(model).__name__} is no language model: generate needs `vocab_size`, `init_state` and logits of the "
             'next token, as create_model("hybrid_tiny") has them'
@@ -300,95 +304,6 @@ def _check_model(model: nn.Module) -> None:
                 f"{type(block.mixer).__name__} with the pattern {block.mixer.pattern!r}, which carries no state; "
                 f"mixers that do: {', '.join(list_mixers(pattern='causal', streaming=True))}"
             )
-
-
-def _read_prompts(prompts: Any, vocab_size: int) -> list[Tensor]:
-    if isinstance(prompts, str):
-        raise ValueError("prompts is text; encode it first: text.encode() for a model over bytes")
-    if not isinstance(prompts, Iterable) or (isinstance(prompts, Tensor) and prompts.dim() == 0):
-        raise ValueError(f"prompts={prompts!r} is one id; give a sequence of ids, or a list of such")
-    single = prompts.dim() == 1 if isinstance(prompts, Tensor) else _is_ids(prompts)
-    rows = [prompts] if single else list(prompts)
-    if not rows:
-        raise ValueError("prompts is an empty list; give at least one prompt")
-    return [_read_ids(row, f"prompt {i}", vocab_size) for i, row in enumerate(rows)]
-
-
-def _read_stops(stop: Iterable[Any], stop_tokens: Iterable[int], vocab_size: int) -> list[tuple[int, ...]]:
-    if isinstance(stop, (bytes, str)):
-        raise ValueError(f"stop={stop!r} is one sequence; give a list of sequences of ids")
-    found: list[tuple[int, ...]] = []
-    for i, sequence in enumerate(stop):
-        if isinstance(sequence, int):
-            raise ValueError(f"stop[{i}]={sequence} is a single id, which goes into stop_tokens; stop has sequences")
-        found.append(tuple(_read_ids(sequence, f"stop[{i}]", vocab_size).tolist()))
-    single = [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
-    return found + [(t,) for t in (_read_ids(single, "stop_tokens", vocab_size).tolist() if single else ())]
-
-
-def _is_ids(values: Any) -> bool:
-    """One prompt rather than a list of them. An empty sequence of ids looks like an empty list of prompts."""
-    return isinstance(values, bytes) or any(not hasattr(value, "__len__") for value in values)
-
-
-def _read_ids(values: Any, what: str, vocab_size: int) -> Tensor:
-    """int64 (L,) on the CPU. Raises ValueError for anything else, for none and for ids outside the vocabulary."""
-    if isinstance(values, str):
-        raise ValueError(f"{what} is text; encode it first: text.encode() for a model over bytes")
-    try:
-        ids = torch.as_tensor(list(values) if isinstance(values, bytes) else values).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} is no sequence of ids: {error}") from error
-    if ids.numel() == 0:
-        raise ValueError(f"{what} is empty; give at least one token, such as the separator that documents start with")
-    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{what} is {ids.dtype} {tuple(ids.shape)}, expected integers (L,)")
-    ids = ids.long()
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.numel():
-        raise ValueError(f"{what} has the id {int(outside[0])}, outside the vocabulary 0 .. {vocab_size - 1}")
-    return ids
-
-
-def _room(model: nn.Module, lengths: list[int], max_len: int | None) -> list[int]:
-    """New tokens that each row may get: those read, its prompt and all new ones but the last, fit into every bound.
-
-    Raises ValueError for a prompt that does not fit.
-    """
-    bounds = [] if max_len is None else [(max_len, "max_len={}", False)]
-    for part in model.modules():
-        if isinstance(part, LearnedPosition):
-            bounds.append((part.max_len, "the model's learned positions end at max_len={}", False))
-        elif isinstance(part, ChunkAttention) and part.chunk_size is None and isinstance(part.bias, SimpleRelativeBias):
-            # Its cache, pads included, has to fit: the longest prompt counts for all.
-            bounds.append((part.bias.max_len, "the model's relative bias ends at max_len={}", True))
-    room = [2**62] * len(lengths)
-    for bound, what, shared in bounds:
-        for i, length in enumerate(lengths):
-            if length > bound:
-                raise ValueError(
-                    f"prompt {i} has {length} tokens, but {what.format(bound)}; keep its last {bound} or fewer"
-                )
-            room[i] = min(room[i], bound + 1 - (max(lengths) if shared else length))
-    return room
-
-
-def _generators(seed: int | Sequence[int] | None, number: int) -> list[torch.Generator]:
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple)) else [seed]
-    for value in seeds:
-        if not _is_integer(value) or not 0 <= value < 2**62:
-            raise ValueError(f"seed={value!r} must be an integer from 0 to 2**62 - 1, or a list with one per prompt")
-    if not isinstance(seed, (list, tuple)):
-        seeds = [seeds[0] + i for i in range(number)]
-    if len(seeds) != number:
-        raise ValueError(f"seed has {len(seeds)} entries for {number} prompts; give one per prompt, or one integer")
-    return [torch.Generator().manual_seed(value) for value in seeds]
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_finite(logits: Tensor, rows: list[_Row]) -> None:

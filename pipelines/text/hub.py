@@ -1,4 +1,4 @@
-"""Documents of Hugging Face `datasets`: saved folders, local tables and shards, or a name where a hub can be reached."""
+"""Documents of Hugging Face `datasets`: saved folders, local tables and shards, or a name that a hub knows."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _open(name: str, split: str, streaming: bool) -> Any:
             if split not in every:
                 raise UserError(f"{name} has no split {split!r} (data.hf_split).{nearest(split, list(every))}")
             return every[split]
-        if local is None or local.anchor.is_dir() and local.anchor == folder:
+        if local is None or (local.anchor.is_dir() and local.anchor == folder):
             return datasets.load_dataset(name if local is None else str(folder), split=split, streaming=streaming)
         reader = _reader(local.files[0])
         if reader is None:

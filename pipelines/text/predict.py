@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from ...zoo import generate_tokens
 from ..errors import UserError
+from .answers import Answer
 from .module import LanguageModule
+from .sources import name_bytes
 from .tokenizer import Tokenizer, create_tokenizer
 
 _OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -26,52 +28,57 @@ def tokenizer_of(schema: dict[str, Any]) -> Tokenizer:
 
 
 def continue_prompts(module: LanguageModule, task: dict[str, Any], *, seed: int) -> list[dict[str, Any]]:
-    """One record per prompt: prompt, continuation, tokens. A single one is written to the terminal as it comes."""
+    """One record per prompt: prompt, continuation, tokens; where one is not UTF-8, its bytes in hexadecimal too. A
+    single one is written to the terminal as it comes.
+
+    Raises UserError, before anything is computed, for a prompt that the model cannot read and options out of range.
+    """
     if module.task["objective"] == "masked":
         raise UserError("this model learned masked tokens; it cannot continue a text")
     tokenizer = tokenizer_of(module.schema)
     given = task["prompt"]
-    prompts: Sequence[str] = [given or ""] if given is None or isinstance(given, str) else list(map(str, given))
-    encoded = [[tokenizer.separator, *tokenizer.encode(_bytes(p)).tolist()] for p in prompts]
-    stops = [tokenizer.encode(_bytes(s)).tolist() for s in task["stop"]]
-    options = {key: task[key] for key in _OPTIONS}
-    found: list[list[int]] = [[] for _ in prompts]
-    shown, begun = 0, False
+    prompts = [name_bytes(p) for p in ([given or ""] if given is None or isinstance(given, str) else map(str, given))]
+    encoded = [[tokenizer.separator, *tokenizer.encode(p).tolist()] for p in prompts]
+    stops = [name_bytes(str(s)) for s in ([task["stop"]] if isinstance(task["stop"], str) else task["stop"])]
+    answers = [Answer(tokenizer, stops, tokens) for tokens in encoded]
+    options: dict[str, Any] = {key: task[key] for key in _OPTIONS}
+    drawn, ended = [0] * len(prompts), [False] * len(prompts)
+
+    def met(row: int, token: int) -> bool:
+        drawn[row] += 1
+        ended[row] = token == tokenizer.separator or answers[row].add(token)
+        return ended[row]
+
     try:
-        steps = generate_tokens(
-            module.net, encoded, stop=stops, stop_tokens=[tokenizer.separator], seed=seed, **options
-        )
+        steps = generate_tokens(module.net, encoded, stop_when=met, seed=seed, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for step in steps:
-        for row, token in enumerate(step.tokens.tolist()):
-            if token >= 0:
-                found[row].append(token)
-        for row, cut in enumerate(step.stop_len.tolist()):
-            if cut:
-                del found[row][-cut:]
+    shown = codecs.getincrementaldecoder("utf-8")("replace")
+    for _ in steps:
         if len(prompts) == 1:
-            if not begun:  # only now: what is logged while the prompt is read stands above it
-                print(prompts[0], end="")
-                begun = True
-            shown = _show(tokenizer, found[0], shown)
-    texts = [tokenizer.decode(tokens).decode("utf-8", "replace") for tokens in found]
+            if drawn[0] == 1:  # only now: what is logged while the prompt is read stands above it
+                _write(prompts[0].decode("utf-8", "replace"))
+            _write(shown.decode(answers[0].take()))
+    for answer in answers:
+        answer.finish()
     if len(prompts) == 1:
-        sys.stdout.write(texts[0][shown:])
-    return [
-        {"prompt": prompt, "continuation": text, "tokens": len(tokens)}
-        for prompt, text, tokens in zip(prompts, texts, found, strict=True)
-    ]
+        _write(shown.decode(answers[0].take(), final=True))
+    short = [i for i, number in enumerate(drawn) if number < options["max_new_tokens"] and not ended[i]]
+    if short:
+        which = "" if len(prompts) == 1 else f"; continuations {', '.join(map(str, short))} end there"
+        _write(f"\n(the model has no positions for more than {max(drawn[i] for i in short)} new tokens{which})")
+    return [_record(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def _show(tokenizer: Tokenizer, tokens: list[int], shown: int) -> int:
-    """Write what is new of the text, up to its last whole character; returns the characters written so far."""
-    text = tokenizer.decode(tokens).decode("utf-8", "replace").rstrip("\ufffd")
-    sys.stdout.write(text[shown:])
+def _record(prompt: bytes, answer: Answer) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, content in (("prompt", prompt), ("continuation", answer.text)):
+        found[name] = content.decode("utf-8", "replace")
+        if found[name].encode() != content:
+            found[f"{name}_hex"] = content.hex()
+    return {**found, "tokens": answer.tokens}
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
     sys.stdout.flush()
-    return max(shown, len(text))
-
-
-def _bytes(text: str) -> bytes:
-    """As typed: what the shell could not decode comes back as the bytes it was."""
-    return text.encode("utf-8", "surrogateescape")

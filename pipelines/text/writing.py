@@ -1,4 +1,4 @@
-"""Documents into the files of a corpus: one after another or by shards, in memory that does not grow with their bytes."""
+"""Documents into the files of a corpus, one after another or by shards; memory grows with their number alone."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_names_and_paths_that_lead_nowhere(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             load_corpus(f"hf:{name}", BYTES, streaming=True, cache_dir=tmp_path)
-    with pytest.raises(UserError, match="cannot be opened.*train"):
+    with pytest.raises(UserError, match=r"cannot be opened.*train"):
         load_corpus(f"hf:{tmp_path}/data", BYTES, hf_split="valid", streaming=True, cache_dir=tmp_path)
 
 
