@@ -1,6 +1,6 @@
 """Needles and recall after the same training: softmax, Mamba-2, gated linear attention and a hybrid.
 
-    python benchmarks/long_context.py [--models softmax mamba2 gla hybrid] [--steps 3000] [--minutes 4]
+    python benchmarks/long_context.py [--models softmax mamba2 gla hybrid] [--steps 4000] [--minutes 4]
     python benchmarks/long_context.py --models gla --out runs/gla        # one model, in a process of its own ...
     python benchmarks/long_context.py --merge runs/softmax runs/gla      # ... and their rows together
     python benchmarks/long_context.py --device cpu --tiny --out /tmp/results     a test of this script, in seconds
@@ -274,7 +274,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--steps", type=int, default=3000, help="the budget, the same for all")
+    parser.add_argument("--steps", type=int, default=4000, help="the budget, the same for all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training a model, at most")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--width", type=int, default=256)

@@ -245,6 +245,7 @@ def test_the_stream_is_a_function_of_seed_and_step(script):
         again, other = stream_of(90, 8, 400, 0)[step], stream_of(90, 8, 400, 1)[step]
         assert all((a == b).all() for a, b in zip(stream[step], again, strict=True))
         assert stream[step][0].shape != other[0].shape or (stream[step][0] != other[0]).any()
+    assert (stream[0][0] != stream[2][0]).any()
     for tokens, targets, weights in stream:
         assert tokens.shape == targets.shape == weights.shape and tokens.size <= 8 * 400
         assert ((targets >= 0) == (weights > 0)).all()
