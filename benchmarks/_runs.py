@@ -79,7 +79,8 @@ def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> P
     record = {
         **result,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        "command": result.get("command")
+        or f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }

@@ -46,6 +46,8 @@ from seqzoo.zoo import LanguageModel, create_model
 NAME = "long_context"
 MODELS = ("softmax", "mamba2", "gla", "hybrid")
 WITHIN = 0.03  # of the parameters of softmax
+SETTINGS = ("steps", "minutes", "seq_len", "width", "depth", "batch", "lr", "adam_lr", "samples", "seed", "backend")
+FACTS = ("model", "parameters", "steps", "tokens", "seconds", "source text, bits per byte")
 WARMUP, DECAY = 0.03, 0.4  # of the budget: the rate goes up, and in the end down
 NEEDLES = ("passkey", "needle")
 TINY = {"steps": 2, "width": 32, "depth": 2, "seq_len": SHORTEST, "batch": 8, "samples": 1}
@@ -184,22 +186,35 @@ def text_bits(net: LanguageModel, options: argparse.Namespace, device: torch.dev
 def measure(
     name: str, options: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What was trained, and its rows."""
+    """What was trained with a few of its scores, and all of them."""
     net = build(name, options.width, options.depth, options.seed, options.backend)
     print(f"{name}: {size(net):,} parameters", flush=True)
     net.to(device)
-    fact = {"model": name, "parameters": size(net), **train(net, options, device)}
+    row = {"model": name, "parameters": size(net), **train(net, options, device)}
     begin = time.perf_counter()
-    rows = [{"model": name, **row} for row in evaluate(net, options, device)]
-    fact["source text, bits per byte"] = round(text_bits(net, options, device), 3)
-    print(f"  {fact}; evaluated in {time.perf_counter() - begin:.0f} s", flush=True)
-    return fact, rows
+    cells = [{"model": name, **cell} for cell in evaluate(net, options, device)]
+    row |= {"source text, bits per byte": text_bits(net, options, device), **extract(cells, options.seq_len)}
+    print(f"  {row}; evaluated in {time.perf_counter() - begin:.0f} s", flush=True)
+    return row, cells
+
+
+def extract(cells: Sequence[dict[str, Any]], seq_len: int) -> dict[str, float]:
+    """The scores for one line: MQAR by pairs; the others (needles: mean over depths) at the longest length of training
+    and of the test."""
+    found = {f"{cell['items']} pairs": cell["mean"] for cell in cells if cell["task"] == "mqar"}
+    for task in (*NEEDLES, "induction"):
+        mine = [cell for cell in cells if cell["task"] == task]
+        lengths = _values(mine, "length")
+        for length in (max(n for n in lengths if n <= seq_len), max(lengths)):
+            means = [cell["mean"] for cell in mine if cell["length"] == length]
+            found[f"{task} {length}"] = sum(means) / len(means)
+    return found
 
 
 def tables(record: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """(title, rows) of the two tables, as they are printed, beside what was trained."""
-    rows, trained = record["rows"], record["settings"]["seq_len"]
-    found = [("Trained", record["models"])]
+    rows, trained = record["cells"], record["settings"]["seq_len"]
+    found = [("Trained", [{key: row[key] for key in FACTS} for row in record["rows"]])]
     for task in NEEDLES:
         title = f"(a) {task}: whole answers right, %, by depth and length in bytes (trained up to {trained})"
         mine = [row for row in rows if row["task"] == task]
@@ -232,31 +247,33 @@ def _cells(rows: Iterable[dict[str, Any]], key: str = "length", value: str = "me
 def write(parts: Sequence[dict[str, Any]], folder: Path, pictures: Path | None) -> dict[str, Any]:
     """The models of all parts, the later ones replacing earlier ones, as JSON, page and pictures."""
     settings = parts[-1]["settings"]
-    models: dict[str, Any] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    cells: dict[str, list[dict[str, Any]]] = {}
     for part in parts:
         if part["settings"] != settings:
             other = {k: (v, settings.get(k)) for k, v in part["settings"].items() if settings.get(k) != v}
             raise SystemExit(f"runs with other settings cannot share a table: {other}")
-        for fact in part["models"]:
-            models[fact["model"]] = fact
-            rows[fact["model"]] = [row for row in part["rows"] if row["model"] == fact["model"]]
-    order = sorted(models, key=MODELS.index)
+        for row in part["rows"]:
+            rows[row["model"]] = row
+            cells[row["model"]] = [cell for cell in part["cells"] if cell["model"] == row["model"]]
+    order = sorted(rows, key=MODELS.index)
     record = {
         "settings": settings,
         "hardware": parts[-1]["hardware"],
         "packages": parts[-1]["packages"],
-        "models": [models[name] for name in order],
-        "rows": [row for name in order for row in rows[name]],
+        "command": parts[-1]["command"],
+        "rows": [rows[name] for name in order],
+        "cells": [cell for name in order for cell in cells[name]],
     }
     path = write_result(NAME, record, folder)
     found = tables(record)
     facts = "; ".join(f"{k} {v}" for k, v in {**settings, **record["hardware"], **record["packages"]}.items())
     sections = [f"## {title}\n\n{markdown(lines)}" for title, lines in found]
-    page = "\n\n".join(["# Needles and recall after the same training", f"{facts}.", *sections])
+    head = "# Needles and recall after the same training", f"`{record['command']}`", f"{facts}."
+    page = "\n\n".join([*head, *sections])
     path.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
     for name in order if pictures is not None else ():
-        grid = [row for row in rows[name] if row["task"] in NEEDLES]
+        grid = [cell for cell in cells[name] if cell["task"] in NEEDLES]
         title = f"{name}: answers right to the last digit, trained up to {settings['seq_len']} bytes"
         plot_accuracy_grid(grid, pictures / f"{NAME}_{name}.png", title=title)
     return record
@@ -304,20 +321,30 @@ def main() -> None:
         vars(options).update(TINY)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    names = ("steps", "minutes", "seq_len", "width", "depth", "batch", "lr", "adam_lr", "samples", "seed", "backend")
-    settings = {name: getattr(options, name) for name in names if getattr(options, name) != math.inf}
+    settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) != math.inf}
     settings |= {"device": device.type, "tiny": options.tiny}
     for name in options.models:
-        fact, rows = measure(name, options, device)
+        row, cells = measure(name, options, device)
         part = {
             "settings": settings,
             "hardware": hardware(device),
             "packages": versions("triton"),
-            "models": [fact],
-            "rows": rows,
+            "command": command(parser, options),
+            "rows": [row],
+            "cells": cells,
         }
         record = write([*earlier(folder, settings), part], folder, pictures)
     show(record)
+
+
+def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """What trains these models anywhere: the options that are not the default, without folders."""
+    given = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(options).items()
+        if name in SETTINGS and value != parser.get_default(name)
+    ]
+    return " ".join([f"python benchmarks/{NAME}.py --device {options.device}", *given])
 
 
 def show(record: dict[str, Any]) -> None:

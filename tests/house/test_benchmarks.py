@@ -213,10 +213,10 @@ def test_the_long_context_script_trains_evaluates_and_merges(script, tmp_path, c
         script("long_context", "--device", "cpu", "--tiny", "--models", name, "--out", str(tmp_path / name))
     script("long_context", "--merge", str(tmp_path / "gla"), str(tmp_path / "softmax"), "--out", str(tmp_path))
     record = json.loads((tmp_path / "long_context.json").read_text(encoding="utf-8"))
-    assert [(fact["model"], fact["steps"]) for fact in record["models"]] == [("softmax", 2), ("gla", 2)]
-    assert len({round(fact["parameters"], -3) for fact in record["models"]}) == 1
+    assert [(fact["model"], fact["steps"]) for fact in record["rows"]] == [("softmax", 2), ("gla", 2)]
+    assert len({round(fact["parameters"], -3) for fact in record["rows"]}) == 1
     for name in ("softmax", "gla"):
-        rows = [row for row in record["rows"] if row["model"] == name]
+        rows = [row for row in record["cells"] if row["model"] == name]
         grid = {(r["task"], r["length"], r["depth"]) for r in rows if r["depth"] is not None}
         assert grid == {
             (task, length, depth)
@@ -226,6 +226,10 @@ def test_the_long_context_script_trains_evaluates_and_merges(script, tmp_path, c
         }
         assert [r["items"] for r in rows if r["task"] == "mqar"] == [4, 8, 16, 32, 64]
         assert [r["length"] for r in rows if r["task"] == "induction"] == [64, 128, 256, 512]
+        (line,) = (row for row in record["rows"] if row["model"] == name)
+        assert line["4 pairs"] == next(r["mean"] for r in rows if r["items"] == 4)
+        assert line["induction 512"] == rows[-1]["mean"]
+    assert str(tmp_path) not in json.dumps(record) and "--steps 2 " in record["command"]
     page = (tmp_path / "long_context.md").read_text(encoding="utf-8")
     assert (
         page.count("| softmax | 25 % |") == page.count("| gla | 25 % |") == 2 and page in capsys.readouterr().out + page
