@@ -1,8 +1,8 @@
 """What long_context.py trains on: text, needles in texts, MQAR and induction heads, from a seed.
 
 Steps take turns: even ones hold rows of `seq_len` bytes, a quarter source text and the others passkeys and needles; odd
-ones hold rows of one shorter or equal length, three quarters MQAR and the others induction heads, as many rows as give
-the same number of tokens. Easy rows come first: lengths begin at 64 and reach seq_len after a third of the steps. Each
+ones hold rows of one shorter or equal length, half MQAR and half induction heads, as many rows as give the same number
+of tokens. Easy rows come first: lengths begin at 64 and reach seq_len after a third of the steps. Each
 kind of target weighs the same in the loss of a step, however many of them there are. A batch is a function of (seed,
 step, steps), so that every model reads the same stream whatever its speed and however many processes prepare it.
 """
@@ -85,7 +85,7 @@ class ProbeStream(Dataset):
         length = self.lengths[rng.integers(min(grown, len(self.lengths)))]
         rows = self.batch * self.seq_len // length
         fitting = [n for n in PAIRS if 4 * n < length]
-        each = max(1, 3 * rows // (4 * len(fitting)))
+        each = max(1, rows // (2 * len(fitting)))
         parts = [
             after_separator(token_batch("mqar", rng, each, length - 1, num_pairs=n, vocab_size=256)) for n in fitting
         ]

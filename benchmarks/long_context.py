@@ -214,7 +214,12 @@ def extract(cells: Sequence[dict[str, Any]], seq_len: int) -> dict[str, float]:
 def tables(record: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """(title, rows) of the two tables, as they are printed, beside what was trained."""
     rows, trained = record["cells"], record["settings"]["seq_len"]
-    found = [("Trained", [{key: row[key] for key in FACTS} for row in record["rows"]])]
+    found = [
+        (
+            "Trained",
+            [{k: round(v, 3) if isinstance(v := row[k], float) else v for k in FACTS} for row in record["rows"]],
+        )
+    ]
     for task in NEEDLES:
         title = f"(a) {task}: whole answers right, %, by depth and length in bytes (trained up to {trained})"
         mine = [row for row in rows if row["task"] == task]
