@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from ..atomic import atomic_write_text
@@ -185,6 +186,29 @@ class TextData(L.LightningDataModule):
         return [self._evaluation("test", protocol) for protocol in self.protocols]
 
     def _evaluation(self, stage: str, protocol: str) -> DataLoader[Any]:
-        dataset = self.dataset(stage, protocol)
-        size = 1 if protocol == "carried" else self.eval_batch_size
-        return DataLoader(dataset, sampler=IndexSampler(len(dataset), size), **loader_options(self.num_workers))  # type: ignore[arg-type]
+        dataset, together = self.dataset(stage, protocol), dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        if protocol == "carried":
+            # A state goes on from step to step: the processes share the documents, each reads its own in order.
+            documents = self.corpus.documents(stage)[rank::world]
+            dataset = CarriedRows(self.corpus, documents, self.seq_len, self.eval_batch_size)
+            sampler: IndexSampler = _EveryStep(len(dataset), 1)
+        else:
+            number = len(dataset)  # type: ignore[arg-type]
+            sampler = IndexSampler(number, max(min(self.eval_batch_size, number // world), 1))
+        if not len(sampler):
+            raise UserError(
+                f"data.path={self.path}: too few documents for {stage} with {world} processes; "
+                "use fewer (trainer.devices) or a larger part of data.split_ratio"
+            )
+        return DataLoader(dataset, sampler=sampler, **loader_options(self.num_workers))
+
+
+class _EveryStep(IndexSampler):
+    """All steps in order, whatever the number of processes."""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(np.arange(self.size)[:, None])
