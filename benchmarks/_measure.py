@@ -27,19 +27,21 @@ def keep_freed_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**wanted, **os.environ})
 
 
-def seconds(run: Callable[[], Any], device: torch.device, *, wall: bool = False) -> float:
+def seconds(run: Callable[[], Any], device: torch.device, *, wall: bool = False, calls: int = 1) -> float:
     """Time of one call: CPU time on a CPU, so that a busy machine slows nothing (use one thread), else wall time.
 
-    wall: wall time on a CPU too, for more than one thread. On a GPU, time between two events of the device.
+    wall: wall time on a CPU too, for more than one thread. On a GPU, time between two events of the device around
+    `calls` calls in a row: the next is launched while one runs, as in training.
     """
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        run()
+        for _ in range(calls):
+            run()
         stop.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(stop) * 1e-3
+        return start.elapsed_time(stop) * 1e-3 / calls
     clock = time.perf_counter if wall else time.process_time
     begin = clock()
     run()

@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --device cpu --tiny --out /tmp/results     all but the device: tiny shapes, in seconds
 
 Sides of a case get the same inputs in one process, their outputs are compared, and they run in turn; times are between
-two CUDA events, medians of nine rounds. The roofs are measured in the same run (copy, bf16 product); the exponential
-rate is that of the special-function units, 16 a clock and multiprocessor. A side that cannot run (a package that is
-missing, a backend that refuses the shape) is named in its row. Writes benchmarks/results/gpu.json and gpu.md; rows of
-cases that --only leaves out stay.
+two CUDA events around calls in a row (10 ms, or 50 calls), medians of nine rounds. The roofs are measured in the same
+run (copy, bf16 product); the exponential rate is that of the special-function units, 16 a clock and multiprocessor. A
+side that cannot run (a package that is missing, a backend that refuses the shape) is named in its row. Writes
+benchmarks/results/gpu.json and gpu.md; rows of cases that --only leaves out stay.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from _peers import PACKAGES
 from _report import run_cases
 from _runs import RESULTS
 
-HOW = "Sides interleaved in one process, same inputs, outputs compared; CUDA events, medians; ratio = ours / peer."
+HOW = (
+    "Sides interleaved in one process, same inputs, outputs compared; CUDA events around calls in a row, medians; "
+    "ratio = ours / peer."
+)
 CLOCK = 1.98e9  # of an H100 or H200 at most, where torch does not tell
 PER_CLOCK = 16  # exponentials of a multiprocessor
 

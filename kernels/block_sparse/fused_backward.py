@@ -226,7 +226,7 @@ def backward(
     inputs, sizes, flags = arguments(
         q, k, v, index, weight, q_position, key_mask, pairs, q_block=q_block, k_block=k_block, scale=scale
     )
-    keys = key_tiling(q, k, v, k_block)
+    keys = key_tiling(q, k, v, q_block, k_block)
     with torch.cuda.device_of(q):
         for slot in range(slots if is_sorted else 1):
             query_kernel[(shape.tiles * batch * heads,)](

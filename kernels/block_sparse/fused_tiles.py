@@ -83,28 +83,40 @@ def tiling(
     if q.dtype == torch.float32:
         most, keys = {128: (32, 16), 256: (16, 16)}.get(wide, (64, 32))
     else:
-        most, keys = (64, 32) if wide > 128 else (128, 64 if sorted_rows or gradient else 128)
+        most, keys = (64, 32) if wide > 128 else (128, 64 if sorted_rows or gradient or wide <= 64 else 128)
     # Sorted queries come in lots of about L / R: larger tiles would stay half empty.
     rows = _power(length // blocks if sorted_rows else q_block, 16, most)
     per_group = 1 if sorted_rows else -(-q_block // rows)
     tiles = most_tiles(length, blocks, rows) if sorted_rows else -(-length // q_block) * per_group
-    return Tiling(rows, _power(k_block, 16, keys), tiles, per_group, _warps(q, rows, wide), 2)
+    stages = 3 if wide <= 64 and q.dtype != torch.float32 and not (sorted_rows or gradient) else 2
+    return Tiling(rows, _power(k_block, 16, keys), tiles, per_group, _warps(q, rows, wide, sorted_rows), stages)
 
 
-def key_tiling(q: Tensor, k: Tensor, v: Tensor, k_block: int) -> Tiling:
+def key_tiling(q: Tensor, k: Tensor, v: Tensor, q_block: int, k_block: int) -> Tiling:
     """The tiles of the gradients of keys and values: `keys` of a block to a program, `rows` queries at a time."""
     wide = max(padded(q.shape[3]), padded(v.shape[3]))
     if q.dtype == torch.float32:
         rows, keys = (16, 16) if wide > 64 else (32, 32)
     else:
-        rows, keys = {128: (32, 128), 256: (32, 64)}.get(wide, (64, 128))
+        rows, keys = (32, 64) if wide > 128 else (32, 128)
     keys = _power(k_block, 16, keys)
     per_block = -(-k_block // keys)
-    stages = 1 if q.dtype == torch.float32 and wide > 128 else 2
-    return Tiling(rows, keys, -(-k.shape[1] // k_block) * per_block, per_block, _warps(q, keys, wide), stages)
+    if q_block % rows:
+        # Queries that are looked up one by one: with loads that run ahead of the lookup a GPU gave an illegal access.
+        stages = 1
+    elif q.dtype == torch.float32:
+        stages = 1 if wide > 128 else 2
+    else:
+        stages = 3 if wide <= 64 else 2
+    return Tiling(
+        rows, keys, -(-k.shape[1] // k_block) * per_block, per_block, _warps(q, keys, wide, q_block % rows != 0), stages
+    )
 
 
-def _warps(q: Tensor, rows: int, wide: int) -> int:
+def _warps(q: Tensor, rows: int, wide: int, lookup: bool) -> int:
+    """lookup: the rows are no neighbours, their places take registers too."""
+    if q.dtype != torch.float32 and wide <= 64 and not lookup:
+        return 4
     return 8 if rows * wide >= 64 * 128 or (q.dtype == torch.float32 and wide > 64) else 4
 
 

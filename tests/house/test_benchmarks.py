@@ -37,7 +37,7 @@ def clock(lab, monkeypatch):
     """Seconds that each side takes from now on, by what it returns; also counts the rounds."""
     taken: dict[float, list[float]] = {}
 
-    def seconds(run, device, *, wall=False):
+    def seconds(run, device, *, wall=False, calls=1):
         return taken[float(run()[0])].pop(0)
 
     monkeypatch.setattr(lab.cases, "seconds", seconds)
