@@ -68,7 +68,7 @@ def _run_row(folder: Path) -> dict[str, Any] | None:
     try:
         cfg = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        test = json.loads((folder / "test.json").read_text(encoding="utf-8"))
+        test = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     if not isinstance(cfg, Mapping) or cfg.get("data", {}).get("source") not in _SOURCES or "test" not in test:

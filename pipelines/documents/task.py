@@ -128,7 +128,7 @@ def report(
         "train_documents": sum(train),
         "parameters": sum(p.numel() for p in module.net.parameters()),
     }
-    write_metrics(run_dir, record, "test")
+    write_metrics(run_dir, record, "scores")
     print(f"tables and pictures in {run_dir}", flush=True)
     values = {f"test/{key}": value for key, value in scores.items()}
     return {**values, "test/majority": rows[1]["accuracy"], "test/chance": rows[2]["accuracy"]}
