@@ -51,8 +51,21 @@ if ! python -P -c 'import seqzoo.kernels' 2>/dev/null; then
     python -P -c 'import seqzoo.kernels'
 fi
 
+# Compiling is most of the time: the tests go in parallel where pytest-xdist is, and every operation is measured once for
+# nothing beside the others, which leaves its compiled kernels in Triton's cache. Other kernels may still tune
+# themselves for each shape while they are measured.
+parallel=()
+if python -c 'import xdist' 2>/dev/null; then
+    parallel=(-n "$(nproc --ignore=2)" --dist worksteal)
+fi
 tests=0
-PYTHONSAFEPATH=1 python -m pytest -m gpu -q || tests=$?
+PYTHONSAFEPATH=1 python -m pytest -m gpu -q ${parallel[@]+"${parallel[@]}"} tests/kernels tests/blocks || tests=$?
+warm=$(mktemp -d)
+trap 'rm -rf "$warm"' EXIT
+for operation in $(python benchmarks/gpu.py --list "$@" | cut -d'|' -f1 | sort -u); do
+    timeout 120 python benchmarks/gpu.py "$@" --only "$operation" --rounds 1 --out "$warm/$operation" >/dev/null 2>&1 &
+done
+wait
 python benchmarks/gpu.py "$@"
 python benchmarks/prob_sparse.py --device cuda --dtype bfloat16 --lengths 4096 16384
 if [[ -n ${SEQZOO_DATA:-} ]]; then
