@@ -1,10 +1,10 @@
 """What long_context.py trains on: text, needles in texts, MQAR and induction heads, from a seed.
 
 Steps take turns: even ones hold rows of `seq_len` bytes, a quarter source text and the others passkeys and needles; odd
-ones hold rows of one shorter or equal length, half MQAR and half induction heads, as many rows as give the same number
-of tokens. Easy rows come first: lengths begin at 64 and reach seq_len after a third of the steps. Each
-kind of target weighs the same in the loss of a step, however many of them there are. A batch is a function of (seed,
-step, steps), so that every model reads the same stream whatever its speed and however many processes prepare it.
+ones hold rows of one shorter or equal length, two thirds MQAR and the others induction heads, as many as give the same
+number of tokens. Easy rows come first: lengths begin at 64 and reach seq_len after 40 % of the steps. Each kind of
+target weighs the same in the loss of a step, however many of them there are. A batch is a function of (seed, step,
+steps), so that every model reads the same stream whatever its speed and however many processes prepare it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seqzoo.pipelines.text.sources import standard_library
 
 SHORTEST = 320  # bytes that any needle with its question fits
 PAIRS = (4, 8, 16, 32, 64)
-GROWTH = 1 / 3  # of the steps, until rows of tokens have all lengths
+GROWTH = 0.4  # of the steps, until rows of tokens have all lengths
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -85,7 +85,7 @@ class ProbeStream(Dataset):
         length = self.lengths[rng.integers(min(grown, len(self.lengths)))]
         rows = self.batch * self.seq_len // length
         fitting = [n for n in PAIRS if 4 * n < length]
-        each = max(1, rows // (2 * len(fitting)))
+        each = max(1, 2 * rows // (3 * len(fitting)))
         parts = [
             after_separator(token_batch("mqar", rng, each, length - 1, num_pairs=n, vocab_size=256)) for n in fitting
         ]
@@ -101,9 +101,9 @@ class ProbeStream(Dataset):
 
 
 def _totals(parts: list[tuple[np.ndarray, np.ndarray]]) -> list[int]:
-    """By what the weights of a part are divided: MQAR's parts weigh one together, and so does induction."""
+    """By what the weights of a part are divided: every number of pairs weighs the same, together as much as induction."""
     asked = [int((targets != NOT_ASKED).sum()) for _, targets in parts]
-    return [sum(asked[:-1])] * (len(parts) - 1) + asked[-1:]
+    return [n * (len(parts) - 1) for n in asked[:-1]] + asked[-1:]
 
 
 def _needles(probes: list[Probe]) -> Batch:

@@ -48,7 +48,7 @@ MODELS = ("softmax", "mamba2", "gla", "hybrid")
 WITHIN = 0.03  # of the parameters of softmax
 SETTINGS = ("steps", "minutes", "seq_len", "width", "depth", "batch", "lr", "adam_lr", "samples", "seed", "backend")
 FACTS = ("model", "parameters", "steps", "tokens", "seconds", "source text, bits per byte")
-WARMUP, DECAY = 0.03, 0.4  # of the budget: the rate goes up, and in the end down
+WARMUP, DECAY = 0.03, 0.3  # of the budget: the rate goes up, and in the end down
 NEEDLES = ("passkey", "needle")
 TINY = {"steps": 2, "width": 32, "depth": 2, "seq_len": SHORTEST, "batch": 8, "samples": 1}
 
