@@ -101,7 +101,7 @@ class ProbeStream(Dataset):
 
 
 def _totals(parts: list[tuple[np.ndarray, np.ndarray]]) -> list[int]:
-    """By what the weights of a part are divided: every number of pairs weighs the same, together as much as induction."""
+    """By what the weights of a part are divided: all numbers of pairs weigh the same, together as induction."""
     asked = [int((targets != NOT_ASKED).sum()) for _, targets in parts]
     return [n * (len(parts) - 1) for n in asked[:-1]] + asked[-1:]
 
