@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...kernels.block_sparse import block_sparse_attention, block_sums, route
+from .growing import grown
 
 
 class BlockRoutingState(NamedTuple):
@@ -48,6 +50,19 @@ def empty_state(
     )
 
 
+# Keys of caches in which no row has a pad; what is not here may be one too.
+_all_real = WeakTensorKeyDictionary()
+
+
+def _full(state: BlockRoutingState) -> bool:
+    """Whether every slot of the cache holds a token; known for a cache that only ever got full rows."""
+    if state.k.shape[1] == 0:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return state.k in _all_real or bool((state.length == state.k.shape[1]).all())
+
+
 def append(state: BlockRoutingState, k: Tensor, v: Tensor, number: Tensor | None, size: int) -> BlockRoutingState:
     """The cache with L more slots. k, v: (B, L, H, K), zero at pads. number: int64 (B,), real tokens, None for L.
 
@@ -59,14 +74,22 @@ def append(state: BlockRoutingState, k: Tensor, v: Tensor, number: Tensor | None
         raise ValueError(f"{more} tokens after {state.k.shape[1]} exceed max_len={state.room.shape[1]} of this state")
     place = state.length.unsqueeze(1) + torch.arange(more, device=k.device)
 
+    most = None if state.room is None else state.room.shape[1]
+    full = number is None and _full(state)
+
     def put(old: Tensor, new: Tensor) -> Tensor:
-        grown = torch.cat((old, old.new_zeros(batch, more, *old.shape[2:])), 1)  # our own copy, so written in place
-        return grown.scatter_(1, place[..., None, None].expand_as(new), new.to(old.dtype))
+        if full:
+            return grown(old, new, most=most)
+        copy = torch.cat((old, old.new_zeros(batch, more, *old.shape[2:])), 1)  # our own, so written in place
+        return copy.scatter_(1, place[..., None, None].expand_as(new), new.to(old.dtype))
 
     sums = F.pad(state.sums, (0, 0, 0, -(-slots // size) - state.sums.shape[1]))
     block = (place // size).unsqueeze(2).expand(batch, more, sums.shape[2])
+    keys = put(state.k, k)
+    if full and not torch.compiler.is_compiling():
+        _all_real[keys] = True
     return state._replace(
-        k=put(state.k, k),
+        k=keys,
         v=put(state.v, v),
         sums=sums.scatter_add(1, block, k.detach().flatten(2).to(sums.dtype)),
         length=state.length + (more if number is None else number),

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .growing import grown
 from .rows import take
 
 
@@ -50,7 +51,7 @@ def empty_cache(
 
 
 def append(state: KVState, k: Tensor, v: Tensor, position: Tensor) -> KVState:
-    """A growing cache with L more slots. k, v: (B, L, Hkv, ...). position: int64 (B, L), -1 for a pad.
+    """A growing cache with L more slots, see `grown`. k, v: (B, L, Hkv, ...). position: int64 (B, L), -1 for a pad.
 
     Raises ValueError when the cache outgrows its max_len.
     """
@@ -59,10 +60,11 @@ def append(state: KVState, k: Tensor, v: Tensor, position: Tensor) -> KVState:
         raise ValueError(
             f"{k.shape[1]} tokens after {state.k.shape[1]} exceed max_len={state.room.shape[1]} of this state"
         )
+    most = None if state.room is None else state.room.shape[1]
     return state._replace(
-        k=torch.cat((state.k, k.to(state.k.dtype)), 1),
-        v=torch.cat((state.v, v.to(state.v.dtype)), 1),
-        position=torch.cat((state.position, position), 1),
+        k=grown(state.k, k, most=most),
+        v=grown(state.v, v, most=most),
+        position=grown(state.position, position, most=most),
         length=state.length + (position >= 0).sum(1),
     )
 
