@@ -51,9 +51,18 @@ def option_file(group: str, option: str) -> Path:
 NEEDED = {
     ("data", "csv"): ["data.path=sales.csv"],
     ("data", "text"): ["data.path=books"],
+    **{("data", name): ["data.path=labels"] for name in ("labelled", "lra_text", "lra_retrieval", "lra_image")},
     ("mixer", "custom"): ["mixer._target_=a.B"],
 }
+# Experiments of the user's own files.
+NEEDED |= {
+    ("experiment", name): ["data.path=labels"]
+    for name in EXPERIMENTS
+    if name == "documents/labelled" or name.startswith(("lra/text", "lra/retrieval", "lra/image"))
+}
 TEXT_DATA = ("stdlib", "text")
+# One class reads the user's documents and generates those of Long Range Arena; a file has the keys of its source.
+COLUMNS = {"text_column", "file_column", "label_column", "split_column", "split_ratio", "tokenizer"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
@@ -124,6 +133,11 @@ def test_model_files_state_the_options_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", GROUPS["data"])
 def test_data_files_state_the_arguments_of_the_data(name: str) -> None:
     own = set(yaml.safe_load(option_file("data", name).read_text()))
+    if "source" in own:
+        known = set(inspect.signature(task_package("documents").Data.__init__).parameters) - {"self", "seed"}
+        settings = set() if name in ("labelled", "lra_retrieval") else {"settings"}
+        assert own == known - {"settings"} - (set() if name == "labelled" else COLUMNS) | settings
+        return
     task = "text" if name in TEXT_DATA else "forecasting"
     valid = set(inspect.signature(task_package(task).Data.__init__).parameters) - {"self", "seed"}
     assert own == valid - ({"split_ratio"} if name.startswith("ett") else set())
@@ -160,10 +174,11 @@ def test_published_protocol_of_informer() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_command_line_wins_over_an_experiment(experiment: str) -> None:
-    cfg = composed(f"experiment={experiment}", "mixer=linear", "data.seq_len=7", "debug=one_batch")
-    assert cfg["mixer"]["name"] == "linear" and cfg["data"]["seq_len"] == 7
+    needed = NEEDED.get(("experiment", experiment), [])
+    cfg = composed(f"experiment={experiment}", "mixer=linear", "data.batch_size=7", "debug=one_batch", *needed)
+    assert cfg["mixer"]["name"] == "linear" and cfg["data"]["batch_size"] == 7
     assert cfg["trainer"]["max_epochs"] == 1  # debug comes after the experiment
-    if "mixer" in cfg["model"]:
+    if isinstance(cfg["model"].get("mixer"), dict):  # a hybrid has a list of its own
         assert cfg["model"]["mixer"] == cfg["mixer"]
 
 
