@@ -4,7 +4,7 @@
     for m in softmax mamba2 gla hybrid; do    # the four side by side on one GPU, in a process each ...
         python benchmarks/long_context.py --models $m --minutes 3.7 --out runs/$m > runs/$m.log &
     done; wait
-    python benchmarks/long_context.py --merge runs/softmax runs/mamba2 runs/gla runs/hybrid    # ... and their rows together
+    python benchmarks/long_context.py --merge runs/softmax runs/mamba2 runs/gla runs/hybrid  # ... then one table
     python benchmarks/long_context.py --device cpu --tiny --out /tmp/results     a test of this script, in seconds
 
 The four are the same language model over bytes (zoo: language_small, at --width and --depth) with other mixers; the
