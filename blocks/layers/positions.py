@@ -39,11 +39,13 @@ class LearnedPosition(nn.Module):
 
     def forward(self, positions: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """positions: int64 (B, L). Returns (B, L, D). Raises ValueError for a position beyond the table."""
-        # On an accelerator the values would have to be fetched to be looked at: there only the length is
-        # checked.
-        last = positions.shape[-1] - 1
-        if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
-            last = max(last, int(positions.max()))
+        # One row may hold many packed sequences, so its length says nothing. On an accelerator values have to be fetched
+        # to be looked at: of several rows only the length is.
+        last, single = positions.shape[-1] - 1, positions.shape[0] == 1
+        if torch.compiler.is_compiling():
+            last = -1 if single else last
+        elif positions.numel() and (single or positions.device.type == "cpu"):
+            last = int(positions.max())
         if last >= self.max_len:
             raise ValueError(f"position {last} is beyond max_len={self.max_len} of the learned positions")
         y = self.table(positions.clamp(min=0))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...blocks.layers.positions import LearnedPosition
 from ...blocks.protocol import Mixer, State, detach_state, map_state, reset_rows
 from ...zoo import LanguageModel, create_model, model_info
 from ..errors import UserError
@@ -25,6 +26,12 @@ def model_arguments(model: dict[str, Any], task: dict[str, Any], schema: dict[st
     if task["objective"] == "next" and not causal:
         raise UserError(
             f"model {model['name']!r} is not causal: it learns masked tokens (task.objective=masked), not the next one"
+        )
+    learned = given.get("position", model_info(model["name"]).options.get("position")) == "learned"
+    if learned and given.get("max_len") is not None and given["max_len"] < schema["seq_len"]:
+        raise UserError(
+            f"data.seq_len={schema['seq_len']} is longer than the learned positions of the model, "
+            f"model.max_len={given['max_len']}"
         )
     needed = schema["vocab_size"] + (task["objective"] == "masked")
     # A model of the zoo is for bytes unless its size says otherwise; more numbers than the tokenizer has do no harm.
@@ -78,7 +85,7 @@ class LanguageModule(TrainingModule):
         if not constant_state(self.net):
             raise UserError(
                 f"task.carry_state=true needs a state of constant size, which model {name!r} does not have: "
-                "give softmax a mixer.window_size, or take a recurrent mixer"
+                "give softmax a mixer.window_size, or take a recurrent mixer, and no learned positions"
             )
 
     def setup(self, stage: str) -> None:
@@ -208,7 +215,9 @@ class LanguageModule(TrainingModule):
 
 
 def constant_state(net: LanguageModel) -> bool:
-    """Whether the model carries a state whose size does not grow with the tokens seen."""
+    """Whether the model carries a state whose size does not grow with the tokens seen, for any number of them."""
+    if any(isinstance(part, LearnedPosition) for part in net.modules()):
+        return False  # its table ends
     try:
         return net.state_size(1 << 20) == net.state_size(1 << 30)
     except ValueError:

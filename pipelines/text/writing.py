@@ -168,10 +168,10 @@ def _place_to_cut(content: Any, begin: int, near: int) -> int:
     line = content.rfind(b"\n", max(begin, near - _PIECE), near)
     if line > begin:
         return line + 1
-    place = near
-    while place > max(begin + 1, near - 3) and content[place] & 0xC0 == 0x80:  # inside a character of UTF-8
-        place -= 1
-    return max(place if content[place] & 0xC0 != 0x80 else near, begin)
+    for place in range(near, max(begin, near - 3) - 1, -1):
+        if content[place] & 0xC0 != 0x80:  # not inside a character of UTF-8
+            return place
+    return near
 
 
 def assign(names: Sequence[str], sizes: Sequence[int], ratio: Sequence[float]) -> np.ndarray:
