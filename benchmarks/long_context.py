@@ -56,9 +56,9 @@ TINY = {"steps": 2, "width": 32, "depth": 2, "seq_len": SHORTEST, "batch": 8, "s
 
 
 def mixers(name: str, width: int, backend: str = "auto") -> Any:
-    """What mixes in the model of that name, four heads; repeated to the depth. backend: of gated linear attention."""
-    heads: dict[str, Any] = {"num_heads": 4}
-    recurrent = {"name": "mamba2", "d_state": min(64, width // 2), "head_dim": width // 4, "backend": backend}
+    """What mixes in the model of that name, heads of 64; repeated to the depth. backend: of gated linear attention."""
+    heads: dict[str, Any] = {"num_heads": max(1, width // 64)}
+    recurrent = {"name": "mamba2", "d_state": min(64, width // 2), "head_dim": min(64, width), "backend": backend}
     window = {"name": "softmax", **heads, "position": "rope", "window_size": 128}
     return {
         "softmax": {"name": "softmax", **heads, "position": "rope"},

@@ -249,14 +249,14 @@ def test_the_stream_is_a_function_of_seed_and_step(script):
         again, other = stream_of(90, 8, 400, 0)[step], stream_of(90, 8, 400, 1)[step]
         assert all((a == b).all() for a, b in zip(stream[step], again, strict=True))
         assert stream[step][0].shape != other[0].shape or (stream[step][0] != other[0]).any()
-    assert (stream[0][0] != stream[2][0]).any()
+    assert (stream[0][0] != stream[3][0]).any()
     for tokens, targets, weights in stream:
         assert tokens.shape == targets.shape == weights.shape and tokens.size <= 8 * 400
         assert ((targets >= 0) == (weights > 0)).all()
-    assert {stream[step][0].shape[1] for step in range(0, 90, 2)} == {400}
-    lengths = [stream[step][0].shape[1] for step in range(1, 90, 2)]
-    assert set(lengths[:5]) == {64} and set(lengths) == {64, 128, 256} and max(lengths[:10]) < 256
-    tokens, targets, weights = stream[2]  # two rows of text, six of needles
+    assert {stream[step][0].shape[1] for step in range(0, 90, 3)} == {400}
+    lengths = [stream[step][0].shape[1] for step in range(1, 90, 3)]
+    assert set(lengths[:4]) == {64} and set(lengths) == {64, 128, 256} and max(lengths[:8]) < 256
+    tokens, targets, weights = stream[3]  # two rows of text, six of needles
     assert weights[:2].sum() == pytest.approx(1, rel=1e-4) and weights[2:].sum() == pytest.approx(2, rel=1e-4)
     for row in range(8):
         (asked,) = np.nonzero(targets[row] >= 0)
