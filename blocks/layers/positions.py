@@ -39,8 +39,8 @@ class LearnedPosition(nn.Module):
 
     def forward(self, positions: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """positions: int64 (B, L). Returns (B, L, D). Raises ValueError for a position beyond the table."""
-        # One row may hold many packed sequences, so its length says nothing. On an accelerator values have to be fetched
-        # to be looked at: of several rows only the length is.
+        # One row may hold many packed sequences, so its length says nothing. On an accelerator values have to be
+        # fetched to be looked at: of several rows only the length is.
         last, single = positions.shape[-1] - 1, positions.shape[0] == 1
         if torch.compiler.is_compiling():
             last = -1 if single else last

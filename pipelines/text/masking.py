@@ -16,16 +16,40 @@ def mask_tokens(
     vocab_size: int,
     real: Tensor | None = None,
     generator: torch.Generator | None = None,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of `share` of the tokens, 80 % become the mask token, 10 % a random one, 10 % stay; those are asked.
 
-    tokens: int64 (B, L). real: bool (B, L), True for a real token. Returns (inputs, targets) of that shape.
+    tokens: int64 (B, L). real: bool (B, L), True for a real token. place: int64 (B, L), numbers of the tokens in their
+    corpus: the choice then follows from them alone, whatever the batch. Returns (inputs, targets) of that shape.
     """
-    draw, kind = (torch.rand(tokens.shape, generator=generator).to(tokens.device) for _ in range(2))
+    if place is None:
+        draws = [torch.rand(tokens.shape, generator=generator).to(tokens.device) for _ in range(3)]
+    else:
+        draws = [_uniform(place, salt) for salt in range(3)]
+    draw, kind, which = draws
     chosen = draw < share
     if real is not None:
         chosen &= real
-    other = torch.randint(0, vocab_size, tokens.shape, generator=generator).to(tokens.device)
+    other = (which * vocab_size).long().clamp(max=vocab_size - 1)
     inputs = torch.where(chosen & (kind < 0.8), mask_token, tokens)
     inputs = torch.where(chosen & (kind >= 0.9), other, inputs)
     return inputs, torch.where(chosen, tokens, IGNORED)
+
+
+def _uniform(number: Tensor, salt: int) -> Tensor:
+    """A number in [0, 1), float64, for each int64: SplitMix64 (doi:10.1145/2660193.2660195, figure 17)."""
+    x = number * 3 + salt
+    x = (x + 1) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return _shifted(x ^ _shifted(x, 31), 11).double() * 2.0**-53
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

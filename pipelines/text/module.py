@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...blocks.layers.positions import LearnedPosition
@@ -14,7 +13,7 @@ from ..errors import UserError
 from ..training import TrainingModule
 from .data import TextData
 from .masking import mask_tokens
-from .scores import LossSums, token_losses
+from .scores import LossSums, positions, token_losses
 
 Batch = dict[str, Tensor]
 
@@ -134,14 +133,16 @@ class LanguageModule(TrainingModule):
         """The model's output for a batch of any of the three kinds of rows."""
         return self.net(batch["tokens"], mask=batch.get("mask"), cu_seqlens=batch.get("cu_seqlens"), state=state)
 
-    def _masked(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    def _masked(self, batch: Batch, *, fixed: bool = False) -> Batch:
+        """Inputs with hidden tokens. fixed: the same ones every time, on any number of processes."""
+        place = positions({**batch, "start": batch["first"]}).expand_as(batch["tokens"]) if fixed else None
         inputs, targets = mask_tokens(
             batch["tokens"],
             share=self.task["mask_share"],
             mask_token=self.schema["vocab_size"],
             vocab_size=self.schema["vocab_size"],
             real=batch.get("mask"),
-            generator=generator,
+            place=place,
         )
         return {**batch, "tokens": inputs, "targets": targets}
 
@@ -169,7 +170,7 @@ class LanguageModule(TrainingModule):
         self._training_state, self._state = self._state, None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._add(self._sums, batch, batch_idx)
+        self._add(self._sums, batch)
 
     def on_validation_epoch_end(self) -> None:
         self._state = self._training_state
@@ -188,7 +189,7 @@ class LanguageModule(TrainingModule):
         self._state = None
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._add(self.test_sums[self._protocols[dataloader_idx]], batch, batch_idx)
+        self._add(self.test_sums[self._protocols[dataloader_idx]], batch)
 
     def on_test_epoch_end(self) -> None:
         self._state = None
@@ -196,10 +197,9 @@ class LanguageModule(TrainingModule):
             scores = self._compute(sums, "test")
             self.log_dict({f"test/{name}/bits_per_byte": scores["bits_per_byte"]}, rank_zero_only=True)
 
-    def _add(self, sums: LossSums, batch: Batch, batch_idx: int) -> None:
+    def _add(self, sums: LossSums, batch: Batch) -> None:
         if self.task["objective"] == "masked":
-            # The same tokens are hidden every time.
-            batch = self._masked(batch, torch.Generator().manual_seed(batch_idx))
+            batch = self._masked(batch, fixed=True)
         carries = "fresh" in batch and self.task["objective"] == "next"
         state = self._carried(batch, self._state) if carries else None
         out = self.logits(batch, state)

@@ -31,10 +31,11 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     """Rows of up to seq_len tokens; pieces of documents that are shorter share a row with others.
 
     `dataset[indices]` is a batch. Where every row is one piece of seq_len tokens: tokens and targets, int64
-    (B, seq_len), and start (B,), the position of its first token in its document. Else the pieces one after another,
-    tokens and targets (1, T), with cu_seqlens, int32 (N + 1,), and start (N,): nothing is padded. seed: decides which
-    short pieces share a row. fill: cut a piece that does not fit what is left of a row, so that every row but the last
-    is full; without it, and with seq_len as long as a document, a document is always whole.
+    (B, seq_len), start (B,), the position of its first token in its document, and first (B,), that in the corpus. Else
+    the pieces one after another, tokens and targets (1, T), with cu_seqlens, int32 (N + 1,), start and first (N,):
+    nothing is padded. seed: decides which short pieces share a row. fill: cut a piece that does not fit what is left of
+    a row, so that every row but the last is full; without it, and with seq_len as long as a document, a document is
+    always whole.
     """
 
     def __init__(
@@ -76,7 +77,12 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         if full.all():
             first, start = self._whole(rows)
             both = torch.from_numpy(_gather(self.corpus.tokens, first, self.seq_len + 1))
-            return {"tokens": both[:, :-1], "targets": both[:, 1:], "start": torch.from_numpy(start)}
+            return {
+                "tokens": both[:, :-1],
+                "targets": both[:, 1:],
+                "start": torch.from_numpy(start),
+                "first": torch.from_numpy(first),
+            }
         shared = rows - self._number
         pieces = [np.arange(self._bounds[r], self._bounds[r + 1]) if r >= 0 else [-1] for r in shared.tolist()]
         place = np.concatenate(pieces).astype(np.int64)
@@ -86,12 +92,23 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         lengths[place < 0] = self.seq_len
         if (lengths == self.seq_len).all():
             both = torch.from_numpy(_gather(self.corpus.tokens, first, self.seq_len + 1))
-            return {"tokens": both[:, :-1], "targets": both[:, 1:], "start": torch.from_numpy(start)}
+            return {
+                "tokens": both[:, :-1],
+                "targets": both[:, 1:],
+                "start": torch.from_numpy(start),
+                "first": torch.from_numpy(first),
+            }
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         source = np.repeat(first - bounds[:-1], lengths) + np.arange(bounds[-1])
         tokens, targets = (torch.from_numpy(self.corpus.tokens[p].astype(np.int64))[None] for p in (source, source + 1))
         cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-        return {"tokens": tokens, "targets": targets, "cu_seqlens": cu_seqlens, "start": torch.from_numpy(start)}
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "cu_seqlens": cu_seqlens,
+            "start": torch.from_numpy(start),
+            "first": torch.from_numpy(first),
+        }
 
     def _whole(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First token of full pieces, in the corpus and in their documents."""

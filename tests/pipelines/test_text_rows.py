@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -167,15 +169,23 @@ def test_sums_by_hand() -> None:
     }
 
 
-def test_masks_follow_the_published_shares() -> None:
+@pytest.mark.parametrize("placed", [False, True])
+def test_masks_follow_the_published_shares(placed: bool) -> None:
     tokens = torch.randint(0, 50, (100, 500), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(tokens, dtype=torch.bool)
     real[:, 400:] = False
     made = torch.Generator().manual_seed(1)
-    inputs, targets = mask_tokens(tokens, share=0.15, mask_token=50, vocab_size=50, real=real, generator=made)
+    place = torch.arange(tokens.numel()).view_as(tokens) + 10**9 if placed else None
+    options: dict[str, Any] = {"share": 0.15, "mask_token": 50, "vocab_size": 50, "generator": made, "place": place}
+    inputs, targets = mask_tokens(tokens, real=real, **options)
     chosen = targets != IGNORED
     assert not chosen[:, 400:].any() and (inputs[~chosen] == tokens[~chosen]).all()
     assert (targets[chosen] == tokens[chosen]).all()
     assert abs(chosen[:, :400].float().mean() - 0.15) < 0.005
     assert abs((inputs[chosen] == 50).float().mean() - 0.8) < 0.02
     assert abs((inputs[chosen] == tokens[chosen]).float().mean() - 0.102) < 0.02
+    replaced = inputs[chosen & (inputs != 50) & (inputs != tokens)]
+    assert replaced.min() == 0 and replaced.max() == 49 and abs(replaced.float().mean() - 24.5) < 2
+    if place is not None:  # the same for the same tokens in another batch
+        again, _ = mask_tokens(tokens[40:50, 100:200], **{**options, "place": place[40:50, 100:200]})
+        assert torch.equal(again, inputs[40:50, 100:200])
