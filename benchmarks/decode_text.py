@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import write_result
+from _runs import RESULTS, write_result
 from torch import Tensor, nn
 
 import seqzoo
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="tokens timed at each position")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of the prompt read in one call")
     parser.add_argument("--feasible", type=int, default=10_000, help="tokens that full softmax reads")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.process_time()
@@ -151,7 +153,8 @@ def main() -> None:
         "chunk": options.chunk,
         "time": "CPU time of one token, median",
     }
-    print(write_result("decode_text", {"settings": settings, "rows": rows, "cpu seconds": time.process_time() - begin}))
+    result = {"settings": settings, "rows": rows, "cpu seconds": time.process_time() - begin}
+    print(write_result("decode_text", result, options.out))
 
 
 if __name__ == "__main__":

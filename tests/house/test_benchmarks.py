@@ -207,6 +207,24 @@ def test_a_cpu_case_runs_end_to_end(script, capsys, monkeypatch):
     assert "two naive softmaxes" in capsys.readouterr().out
 
 
+def test_the_decode_script_continues_far_into_a_text(script, tmp_path):
+    """Fixed states keep their size; the one that grows is read as far as it may be, then filled with repeats."""
+    names = ["softmax, window", "gla", "softmax"]
+    tiny = ["--dim", "64", "--steps", "2", "--positions", "20", "200", "--chunk", "16", "--feasible", "32"]
+    script("decode_text", *tiny, "--only", *names, "--out", str(tmp_path))
+    record = json.loads((tmp_path / "decode_text.json").read_text(encoding="utf-8"))
+    rows = {(row["model"], row["position"]): row for row in record["rows"]}
+    assert list(rows) == [(name, position) for name in names for position in (20, 200)]
+    for name in names:
+        near, far = rows[name, 20], rows[name, 200]
+        assert near["ms per token"] > 0 and near["read"] and near["tokens timed"] == 2
+        assert far["read"] == (name != "softmax") and (far["prefill ms per token"] is None) != far["read"]
+        if name != "softmax":
+            assert near["state bytes"] == far["state bytes"]
+    # four blocks of keys and values of width 64 in float32 and a position of 8 bytes, and what does not grow
+    assert rows["softmax", 200]["state bytes"] - rows["softmax", 20]["state bytes"] == 180 * 4 * (2 * 64 * 4 + 8)
+
+
 def test_the_long_context_script_trains_evaluates_and_merges(script, tmp_path, capsys):
     """Tiny models: rows of both tables for each, and the page of two runs together."""
     for name in ("gla", "softmax"):
