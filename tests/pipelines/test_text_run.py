@@ -145,7 +145,7 @@ def test_probes_find_what_an_oracle_remembers(
     fitted: tuple[Path, dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
     """An untrained model knows nothing; one whose logits are the text itself (an oracle) is right everywhere."""
-    options = ["task.probes=[passkey,variables]", "task.probe_lengths=[300,500]", "task.probe_samples=2"]
+    options = ["task.probes=[passkey,mqar,variables]", "task.probe_lengths=[300,500]", "task.probe_samples=2"]
     path = fitted[0] / "checkpoints" / "best.ckpt"
     metrics = run("test", folder, tmp_path / "probed", f"ckpt_path={path}", *options)
     rows = metrics["probes"]
@@ -153,8 +153,12 @@ def test_probes_find_what_an_oracle_remembers(
         ("variables", 300, None),
         ("variables", 500, None),
     ]
-    assert len(rows) == 2 * 5 + 2 and sum(r["count"] for r in rows) == 40
-    assert all(r["mean"] == 0 and r["bits"] > 15 for r in rows)  # 5 digits are 16.6 bits
+    assert [(r["length"], r["items"], r["count"]) for r in rows if r["task"] == "mqar"] == [
+        (length, pairs, 10 * pairs) for length in (300, 500) for pairs in (4, 16, 64)
+    ]
+    texts = [r for r in rows if r["task"] != "mqar"]
+    assert len(texts) == 2 * 5 + 2 and sum(r["count"] for r in texts) == 40
+    assert all(r["mean"] == 0 and r["bits"] > 15 for r in texts)  # 5 digits are 16.6 bits
     assert (tmp_path / "probed" / "probes.png").is_file() and (tmp_path / "probed" / "probes.csv").is_file()
 
     class Oracle(torch.nn.Module):
