@@ -119,8 +119,7 @@ class DocumentData(L.LightningDataModule):
             )
             self.labels, sets, self._title, self.notes = found.labels, found.sets, found.title, list(found.notes)
         else:
-            options = {"seed": self.split_seed, "cache_dir": self.cache_dir}
-            arena = load_arena(self.source, self.path, self.settings, **options)
+            arena = load_arena(self.source, self.path, self.settings, seed=self.split_seed, cache_dir=self.cache_dir)
             self.labels, self._title, self._values = arena.labels, arena.title, (arena.mean, arena.std)
             self._vocab_size = arena.splits["train"].vocab_size
             sets = {name: from_split(split) for name, split in arena.splits.items()}
@@ -170,6 +169,7 @@ class DocumentData(L.LightningDataModule):
             "tokenizer_key": self.tokenizer.key if own else self.source,
             "vocab_size": self.vocab_size,
             "max_len": self.max_len,
+            "longest": max(int(documents.length.max(initial=1)) for documents in self.sets.values()),
             "value_mean": self._values[0],
             "value_std": self._values[1],
         }

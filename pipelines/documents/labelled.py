@@ -141,9 +141,7 @@ def _tokens(
     labelled: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """The tokens of all documents (memory-mapped), where each begins and how long it is, and their records."""
-    parts = find_parts(path)
-    if not labelled and len(parts) > 1:
-        parts = [("", Path(path).expanduser())]
+    parts = find_parts(path, labelled=labelled)
     files = [file for _, part in parts for file in part_files(part)]
     options = {
         "tokenizer": tokenizer.key,

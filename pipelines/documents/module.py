@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...blocks.layers.positions import LearnedPosition
 from ...blocks.protocol import Mixer
 from ...zoo import create_model
 from ...zoo.classifier import SequenceClassifier
@@ -29,6 +30,13 @@ def model_arguments(model: dict[str, Any], schema: dict[str, Any]) -> dict[str, 
                 "take model.inputs=tokens"
             )
         given |= {key: schema[key] for key in ("value_mean", "value_std")}
+    if given.get("position") == "learned":
+        given["max_len"] = given.get("max_len") or schema["longest"]
+        if given["max_len"] < schema["longest"]:
+            raise UserError(
+                f"model.max_len={given['max_len']} learned positions are too few for documents of "
+                f"{schema['longest']} tokens: leave it null, cut with data.max_len, or take model.position=sinusoidal"
+            )
     return given
 
 
@@ -67,6 +75,12 @@ class DocumentModule(TrainingModule):
             self.net.config["options"]["mixer"] = mixer_class
         self.net.backbone.set_grad_checkpointing(bool(task.get("grad_checkpointing")))
         self.test_sums = self._new_sums()
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the model can read; None where there is no limit."""
+        position = self.net.backbone.position
+        return position.max_len if isinstance(position, LearnedPosition) else None
 
     def _new_sums(self) -> ConfusionSums:
         return ConfusionSums(len(self.schema["labels"]))

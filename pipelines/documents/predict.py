@@ -22,9 +22,10 @@ def classify(trainer: Any, module: DocumentModule, data: DocumentData) -> list[d
     """
     schema = module.schema
     documents, given = _documents(data, schema)
-    documents, longer, lost = documents.cut(schema["max_len"])
+    limits = [limit for limit in (schema["max_len"], module.longest) if limit is not None]
+    documents, longer, lost = documents.cut(min(limits, default=None))
     if longer:
-        print(f"{longer:,} document(s) are cut at max_len={schema['max_len']}, {lost:,} tokens", flush=True)
+        print(f"{longer:,} document(s) are cut at {min(limits)} tokens, as in training, {lost:,} tokens", flush=True)
     found = trainer.predict(module, dataloaders=data.evaluation(documents), return_predictions=True)
     numbers = np.concatenate([number.numpy() for number, _ in found])
     chances = np.concatenate([chance.numpy() for _, chance in found])[np.argsort(numbers, kind="stable")]

@@ -29,18 +29,22 @@ class Example(NamedTuple):
     split: str
 
 
-def find_parts(path: str) -> list[tuple[str, Path]]:
+def find_parts(path: str, *, labelled: bool = True) -> list[tuple[str, Path]]:
     """The folders and tables that `path` stands for, each with its split: itself under "", or its train, val and test.
 
-    Raises UserError, naming the nearest, where there is nothing.
+    labelled=False: `path` as a whole, which may be a single document. Raises UserError, naming the nearest, where there
+    is nothing.
     """
     root = Path(path).expanduser()
     if root.is_file():
-        _check_table(path, root)
+        if labelled:
+            _check_table(path, root)
         return [("", root)]
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"no such file or folder: data.path={path}.{nearest(root.name, siblings)}")
+    if not labelled:
+        return [("", root)]
     entries = sorted(p for p in root.iterdir() if not p.name.startswith("."))
     parts = []
     for entry in entries:
@@ -69,9 +73,12 @@ def part_files(part: Path) -> list[Path]:
 
 
 def read_part(split: str, part: Path, columns: Mapping[str, str | None], *, labelled: bool = True) -> Iterator[Example]:
-    """The examples of a folder or table. labelled=False asks for no labels: a folder's files, a table's texts."""
-    if part.is_file():
+    """The examples of a folder or table. labelled=False asks for no labels: a folder's files, a table's texts, or
+    the file itself."""
+    if part.suffix.lower() in TABLES and part.is_file():
         yield from _read_table(split, part, columns, labelled)
+    elif part.is_file():
+        yield Example(part.name, part, None, split)
     elif labelled:
         yield from _read_folder(split, part)
     else:

@@ -64,6 +64,11 @@ def check_schema(module: DocumentModule, data: DocumentData, path: Path) -> None
     for key, name in (("tokenizer_key", "tokenizer"), ("towers", "source")):
         if module.schema[key] != own[key]:
             raise UserError(f"{path} was trained with data.{name}={module.schema[name]!r}, here it is {own[name]!r}")
+    if module.longest is not None and own["longest"] > module.longest:
+        raise UserError(
+            f"{path} has {module.longest} learned positions, but a document has {own['longest']} tokens: "
+            f"data.max_len={module.longest} cuts it"
+        )
     data.use_labels(module.schema["labels"])
 
 

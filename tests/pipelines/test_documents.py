@@ -291,6 +291,8 @@ def test_unlabelled_documents_keep_their_order(tmp_path: Path) -> None:
     documents, given = load_unlabelled(str(root), ByteTokenizer(), columns=NONE)
     assert documents.names == ["a.txt", "b.txt", "sub/c.txt"] and given == [None] * 3
     assert texts(documents) == [b"first", b"second", b"third"]
+    single, _ = load_unlabelled(str(root / "b.txt"), ByteTokenizer(), columns=NONE)
+    assert single.names == ["b.txt"] and texts(single) == [b"second"]
     (tmp_path / "t.csv").write_text("text,label\nx,1\ny,\n")
     documents, given = load_unlabelled(str(tmp_path / "t.csv"), ByteTokenizer(), columns=NONE)
     assert documents.names == ["t.csv:2", "t.csv:3"] and given == ["1", None]
