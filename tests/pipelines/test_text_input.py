@@ -149,3 +149,12 @@ def test_an_empty_corpus_is_named_before_training(tmp_path: Path, content: bytes
     message = "no file ending in" if content is None else "every document is empty"
     with pytest.raises(UserError, match=message):
         run("fit", tmp_path / "empty", tmp_path / "run")
+
+
+def test_a_state_does_not_go_beyond_a_table_of_positions(folder: Path, tmp_path: Path) -> None:
+    """A carried state would: the test reads windows instead, and training with one is refused."""
+    options = ("mixer=gla", "mixer.num_heads=2")
+    found = run("fit", folder, tmp_path / "fit", *options, "task.test_protocols=auto")["test"]
+    assert any("windows of 32" in name for name in found) and not any("carried" in name for name in found)
+    with pytest.raises(UserError, match="no learned positions"):
+        run("fit", folder, tmp_path / "carry", *options, "task.carry_state=true")

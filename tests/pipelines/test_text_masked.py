@@ -12,7 +12,7 @@ from seqzoo.blocks.registry import list_mixers
 from seqzoo.pipelines.text.corpus import Corpus
 from seqzoo.pipelines.text.module import LanguageModule
 from seqzoo.pipelines.text.rows import IGNORED, PackedRows
-from seqzoo.pipelines.text.scores import token_losses
+from seqzoo.pipelines.text.scores import positions, token_losses
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "bi_level_routing": {"region_size": 4, "num_heads": 2},
@@ -81,3 +81,22 @@ def test_documents_of_a_row_do_not_see_each_other(mixer: str) -> None:
         torch.testing.assert_close(losses[0][first], losses[1][first], rtol=1e-5, atol=1e-5)
         assert (losses[0][first] > 0).any()
     assert not torch.equal(losses[0][15], losses[1][15])
+
+
+def test_the_hidden_tokens_of_an_evaluation_do_not_depend_on_its_batches() -> None:
+    """One by one, all together, or as the second of two processes takes them."""
+    module = module_of("linear")
+    corpus = corpus_of([bytes([65 + i]) * (7 * i + 3) for i in range(12)])
+    rows = PackedRows(corpus, np.arange(12), 24)
+
+    def hidden(indices: np.ndarray) -> set[tuple[int, int]]:
+        batch = module._masked(rows[indices], fixed=True)
+        place = positions({**batch, "start": batch["first"]}).expand_as(batch["tokens"])
+        keep = batch["targets"] != IGNORED
+        return set(zip(place[keep].tolist(), batch["tokens"][keep].tolist(), strict=True))
+
+    together = hidden(np.arange(len(rows)))
+    assert set.union(*(hidden(np.array([i])) for i in range(len(rows)))) == together
+    assert set.union(*(hidden(np.arange(r, len(rows), 2)) for r in range(2))) == together
+    assert 0.2 < len(together) / sum(7 * i + 4 for i in range(12)) < 0.4
+    assert module._masked(rows[np.arange(3)])["targets"].shape == rows[np.arange(3)]["tokens"].shape
