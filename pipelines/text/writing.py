@@ -40,7 +40,7 @@ class _Writer:
         number = 2
         for part in parts(document):
             tokens = self.tokenizer.encode(part).astype(self.dtype, copy=False)
-            self.tokens.write(memoryview(np.ascontiguousarray(tokens)))
+            self.tokens.write(tokens.tobytes())
             number += len(tokens)
         self.tokens.write(self.edge)
         self.note(document.name, number, document.size)
