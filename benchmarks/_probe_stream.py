@@ -1,10 +1,11 @@
 """What long_context.py trains on: text, needles in texts, MQAR and induction heads, from a seed.
 
-Every third step holds rows of `seq_len` bytes, a quarter source text and the others passkeys and needles; the others
-hold rows of one shorter or equal length, two thirds MQAR and the others induction heads, as many as give the same
-number of tokens. Easy rows come first: lengths begin at 64 and reach seq_len after 40 % of the steps. Each kind of
-target weighs the same in the loss of a step, however many of them there are. A batch is a function of (seed, step,
-steps), so that every model reads the same stream whatever its speed and however many processes prepare it.
+Rows of texts and rows of tokens take turns. Texts have `seq_len` bytes, a quarter source text and the others passkeys
+and needles. Rows of tokens have one shorter or equal length, two thirds MQAR and the others induction heads, as many
+as give the same number of tokens. Two of three steps are of tokens in the first half, one of three in the second:
+recall comes before needles. Easy rows come first: lengths begin at 64 and reach seq_len after 40 % of the steps. Each
+kind of target weighs the same in the loss of a step, however many of them there are. A batch is a function of (seed,
+step, steps), so that every model reads the same stream whatever its speed and however many processes prepare it.
 """
 
 from __future__ import annotations
@@ -66,10 +67,14 @@ class ProbeStream(Dataset):
         if step >= self.steps:
             raise IndexError(step)
         rng = np.random.default_rng([self.seed, step])
-        parts = self._tokens(rng, step) if step % 3 else self._texts(rng)
+        parts = self._texts(rng) if self.is_text(step) else self._tokens(rng, step)
         width = max(tokens.shape[1] for tokens, _, _ in parts)
         tokens, targets, weights = zip(*(_filled(part, width) for part in parts), strict=True)
         return np.concatenate(tokens), np.concatenate(targets), np.concatenate(weights)
+
+    def is_text(self, step: int) -> bool:
+        """Whether the rows of that step are texts."""
+        return (step % 3 == 0) == (2 * step < self.steps)
 
     def _texts(self, rng: np.random.Generator) -> list[Batch]:
         rows = self.batch // 4
