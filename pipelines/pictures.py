@@ -343,10 +343,11 @@ def plot_confusion(
     shares = counts / np.maximum(totals, 1)
     size = len(names)
     with new_figure(path) as figure:
-        figure.set_size_inches(2.6 + 0.55 * size, 2.0 + 0.5 * size)
+        cell = 0.55 if size <= 16 else 0.3
+        figure.set_size_inches(3.2 + cell * size, 1.9 + 0.8 * cell * size)
         panel = figure.subplots()
         panel.grid(False)
-        image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        image = panel.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for row, column in np.ndindex(counts.shape):
             if counts[row, column] and size <= 16:
                 color = "white" if shares[row, column] > 0.6 else TRUTH
