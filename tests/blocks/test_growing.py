@@ -114,6 +114,11 @@ def test_states_without_gradients_are_those_with(kind):
             if number is not None:
                 k = torch.where((torch.arange(length) < number.unsqueeze(1))[..., None, None], k, 0.0)
             made.append(extend(state, k, number))
+            if kind == "routing":  # at the place among the row's real tokens
+                for i, begin in enumerate(state.length.tolist()):
+                    real = length if number is None else int(number[i])
+                    assert torch.equal(made[-1].k[i, begin : begin + real], k[i, :real])
+                    assert not made[-1].k[i, begin + real :].any()
             return made[-1]
 
         state = cache_of(kind)

@@ -92,6 +92,9 @@ def test_a_tokenizer_of_text_says_what_it_loses(
         capsys.readouterr().out
     )
     assert sorted(found.content("train", made))[0].startswith("one \ufffd\ufffd two \ufffd three ".encode())
+    before = made.replaced
+    made.encode(b"\xff" + "\ufffd".encode())
+    assert made.replaced == before + 1  # one was there
     (tmp_path / "fine.txt").write_text("caf\u00e9 \ufffd")
     load_corpus(str(tmp_path / "fine.txt"), made, cache_dir=tmp_path)
     assert capsys.readouterr().out == ""

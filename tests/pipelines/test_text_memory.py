@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from seqzoo.pipelines.text import corpus as corpora
 from seqzoo.pipelines.text.corpus import load_corpus
 from seqzoo.pipelines.text.data import TextData
 from seqzoo.pipelines.text.tokenizer import ByteTokenizer
@@ -55,14 +56,17 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None
     assert found[2] - found[1] < 1.5, found  # 4 bytes for a row's place in the shuffle
 
 
-def test_excerpts_are_bounded_and_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [1 << 20, 4])
+def test_excerpts_are_bounded_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """The first bytes of the documents, or the last, without reading the others."""
     for i in range(5):
-        (tmp_path / f"{i}.txt").write_bytes(bytes([65 + i]) * 10)
+        (tmp_path / f"{i}.txt").write_bytes(bytes([65 + i]) * 10 + b"12345")
+    monkeypatch.setattr(corpora, "_PIECE", piece)
     found = load_corpus(str(tmp_path), ByteTokenizer(), split_ratio=(1, 0, 0), cache_dir=tmp_path / "cache")
-    assert found.excerpt("train", ByteTokenizer(), 15) == b"A" * 10 + b"B" * 5
-    assert found.excerpt("train", ByteTokenizer(), 15, last=True) == b"D" * 5 + b"E" * 10
-    assert found.excerpt("train", ByteTokenizer(), 99) == b"".join(bytes([65 + i]) * 10 for i in range(5))
+    whole = b"".join(bytes([65 + i]) * 10 + b"12345" for i in range(5))
+    for most in (1, 15, 22, 99):
+        assert found.excerpt("train", ByteTokenizer(), most) == whole[:most]
+        assert found.excerpt("train", ByteTokenizer(), most, last=True) == whole[-most:]
     assert found.excerpt("test", ByteTokenizer(), 9) == b""
 
 

@@ -62,6 +62,10 @@ def test_a_stop_is_cut_however_it_is_split_and_never_shown(kind: str, bpe: FileT
     if kind == "bpe":  # one token may hold the stop, what is before it and what is after it
         _, answer = stream(tokenizer, [TEXT], [STOP])
         assert len(tokenizer.encode(TEXT)) == 1 and answer.text == b"xy" and answer.tokens == 1
+        # of several in one token the first to end, as byte by byte
+        for kind_of in (BYTES, bpe):
+            assert stream(kind_of, [TEXT], [b"ySTOPz", b"TO", b"STO", b"w"])[1].text == b"xy"
+            assert stream(kind_of, [TEXT], [b"ySTOPz", b"TO"])[1].text == b"xyS"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

@@ -119,6 +119,9 @@ def test_the_test_of_two_ranks_is_that_of_one(folder: Path, checkpoint: Path, tm
     for name, value in alone.items():
         assert first["test"][name] == pytest.approx(value, abs=1e-6), name
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["test"] == first["test"]
+    tables = [(tmp_path / name / "test_by_position.csv").read_text().splitlines() for name in "ab"]
+    one, two = ([line.split(",")[:3] + line.split(",")[4:] for line in table] for table in tables)
+    assert one == two and len(one) > 9  # protocol, from, to and the tokens asked there: each once
 
 
 def test_a_fit_of_two_ranks_sees_twice_the_rows(folder: Path, tmp_path: Path) -> None:
