@@ -70,7 +70,10 @@ def test_documents_of_a_row_do_not_see_each_other(mixer: str) -> None:
     for others in (b"SECOND " * 3, b"second " * 3):
         corpus = corpus_of([texts[0], others, texts[2]])
         rows = PackedRows(corpus, np.arange(3), 80)
-        batch = module._masked(rows[np.arange(len(rows))], fixed=True)
+        plain = rows[np.arange(len(rows))]
+        batch = module._masked(plain, fixed=True)
+        asked = batch["targets"] != IGNORED
+        assert torch.equal(batch["targets"][asked], plain["tokens"][asked]) and asked.float().mean() < 0.5
         assert (batch["cu_seqlens"].diff() > 0).all() and len(batch["cu_seqlens"]) == 4
         with torch.no_grad():
             found = token_losses(module.logits(batch).y, batch["targets"])[0]
