@@ -1,0 +1,1 @@
+"""Long audio: recordings in, labels and time spans out."""
