@@ -18,12 +18,12 @@ TAILS = ("drop", "pad")
 class FrontEndState(NamedTuple):
     """What the next frames still read.
 
-    waiting: (B, frame_length - 1), samples from the start of the next frame on, then zeros. count: int64 (B,), how many
+    waiting: (B, frame_length - 1), samples from the start of the next frame on, then zeros. held: int64 (B,), how many
     of them are real. given: int64 (B,), frames given so far.
     """
 
     waiting: Tensor
-    count: Tensor
+    held: Tensor
     given: Tensor
 
 
@@ -102,9 +102,9 @@ class FrontEnd(nn.Module):
         if state is None:
             ragged = lengths is not None
             return FrontEndOutput(*self._whole(samples, own, ragged=ragged))
-        width, total = state.waiting.shape[1], state.count + own
+        width, total = state.waiting.shape[1], state.held + own
         place = torch.arange(width + number, device=samples.device).expand(batch, -1)
-        source = torch.where(place < state.count.unsqueeze(1), place, place + width - state.count.unsqueeze(1))
+        source = torch.where(place < state.held.unsqueeze(1), place, place + width - state.held.unsqueeze(1))
         joined = take(
             torch.cat((state.waiting, samples.to(state.waiting.dtype)), 1), source.clamp_max(place.shape[1] - 1)
         )
@@ -119,11 +119,11 @@ class FrontEnd(nn.Module):
 
     def flush(self, state: FrontEndState) -> FrontEndOutput:
         """The frames that remain once the recordings have ended: none with tail "drop", one at most with "pad"."""
-        last = torch.zeros_like(state.count)
+        last = torch.zeros_like(state.held)
         if self.tail == "pad":
             # A row whose last frame reached the end has nothing left that no frame has read.
             read = torch.where(state.given > 0, self.frame_length - self.hop_length, 0)
-            last = (state.count > read).long()
+            last = (state.held > read).long()
         return FrontEndOutput(self._features(state.waiting, last, ragged=True), None, last)
 
     def init_state(
@@ -137,9 +137,9 @@ class FrontEnd(nn.Module):
         self._check_streams()
         own = next(chain(self.parameters(), self.buffers()))
         device = device or own.device
-        count = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        none = torch.zeros(batch_size, dtype=torch.int64, device=device)
         waiting = torch.zeros(batch_size, self.frame_length - 1, device=device, dtype=dtype or own.dtype)
-        return FrontEndState(waiting, count, count.clone())
+        return FrontEndState(waiting, none, none.clone())
 
     @overload
     def num_frames(self, samples: int, *, complete: bool = False) -> int: ...
@@ -147,12 +147,13 @@ class FrontEnd(nn.Module):
     def num_frames(self, samples: Tensor, *, complete: bool = False) -> Tensor: ...
     def num_frames(self, samples: int | Tensor, *, complete: bool = False) -> int | Tensor:
         """Frames of a recording of so many samples. complete: only those that need no zeros, whatever `tail` is."""
-        spare = 0 if complete or self.tail == "drop" else self.hop_length - 1
-        frames = (samples - self.frame_length + spare) // self.hop_length + 1
-        # With zeros at the end any sample at all makes a frame.
-        if isinstance(frames, Tensor):
-            return torch.where(samples > 0, frames.clamp_min(int(spare > 0)), 0)  # type: ignore[operator]
-        return max(frames, int(spare > 0)) if samples > 0 else 0
+        padded = self.tail == "pad" and not complete
+        spare, least = (self.hop_length - 1, 1) if padded else (0, 0)
+        if isinstance(samples, Tensor):
+            frames = (samples - self.frame_length + spare) // self.hop_length + 1
+            return torch.where(samples > 0, frames.clamp_min(least), 0)
+        number = (samples - self.frame_length + spare) // self.hop_length + 1
+        return max(number, least) if samples > 0 else 0
 
     def times(self, number: int, *, start: int = 0) -> Tensor:
         """Centres of the frames start, start + 1, ..., in seconds from the first sample: float64 (number,)."""

@@ -135,6 +135,20 @@ def test_the_stems_defaults_are_the_papers():
     assert ConvStem(4, sample_rate=16000).latency == 0.025
 
 
+def test_the_stem_is_the_encoder_of_wav2vec2():
+    """transformers' weights give transformers' features, in its variant with layer norms."""
+    theirs = pytest.importorskip("transformers.models.wav2vec2.modeling_wav2vec2")
+    from transformers import Wav2Vec2Config
+
+    config = Wav2Vec2Config(conv_dim=(8,) * 7, feat_extract_norm="layer", conv_bias=True)
+    encoder = theirs.Wav2Vec2FeatureEncoder(config).double().eval()
+    front, x = ConvStem(8, sample_rate=16000).double(), draw(2, 3000, dtype=torch.float64)
+    for layer, conv, norm in zip(encoder.conv_layers, front.convs, front.norms, strict=True):
+        conv.load_state_dict(layer.conv.state_dict())
+        norm.load_state_dict(layer.layer_norm.state_dict())
+    torch.testing.assert_close(front(x).features, encoder(x).mT, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("tail", ["drop", "pad"])
 @pytest.mark.parametrize("build", BUILDERS)
 def test_pieces_equal_the_whole(build, tail):
@@ -174,10 +188,25 @@ def test_numbers_of_frames_by_counting(length):
     assert overlapping(tail="pad")(torch.zeros(1, length)).features.shape[1] == fit + left
 
 
+@pytest.mark.parametrize("patch_len, stride", [(1, 1), (5, 1), (5, 2), (5, 5)])
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+def test_recordings_of_every_small_length(patch_len, stride, tail):
+    """Whole, one sample at a time, and by counting: as many frames, with the same features."""
+    front = patches(patch_len=patch_len, stride=stride, tail=tail)
+    for length in range(14):
+        x = draw(1, length)
+        whole = front(x).features[0]
+        fit = sum(i * stride + patch_len <= length for i in range(14))
+        left = tail == "pad" and length > ((fit - 1) * stride + patch_len if fit else 0)
+        assert len(whole) == fit + left == front.num_frames(length) == int(front.num_frames(torch.tensor(length)))
+        (got,) = stream(front, x, [1] * length)
+        torch.testing.assert_close(got, whole, atol=1e-6, rtol=0)
+
+
 def test_states_reorder_reset_and_count_frames():
     front, x = overlapping(), draw(3, 200)
     first = front(x[:, :90], state=front.init_state(3)).state
-    assert first.given.tolist() == [2, 2, 2] and first.count.tolist() == [48, 48, 48]
+    assert first.given.tolist() == [2, 2, 2] and first.held.tolist() == [48, 48, 48]
     kept = first.waiting.clone()
     turned = front(x[[2, 0], 90:], state=select_rows(first, torch.tensor([2, 0])))
     torch.testing.assert_close(turned.features, front(x).features[[2, 0], 2:], atol=1e-6, rtol=0)
