@@ -36,7 +36,7 @@ $(VENV)/.fit: pyproject.toml setup.py constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.fit
-	$(INSTALL) -e '.[samples,plot,text,dev]'
+	$(INSTALL) -e '.[samples,plot,text,audio,dev]'
 	touch $@
 
 fit: $(VENV)/.fit

@@ -19,7 +19,7 @@ REPO = Path(__file__).parents[2]
 FOLDERS = ("zoo", "blocks", "kernels", "pipelines", "conf", "model_cards")
 # The modules of every extra, and what those bring that the core must not lean on.
 OPTIONAL = (
-    *("av", "datasets", "decord", "huggingface_hub", "matplotlib", "PIL", "pvlib", "scipy", "soundfile"),
+    *("av", "datasets", "decord", "huggingface_hub", "matplotlib", "PIL", "pvlib", "scipy", "soundfile", "soxr"),
     *("tensorboard", "timm", "tokenizers", "torchaudio", "torchcodec", "torchvision", "transformers"),
 )
 
