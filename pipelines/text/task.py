@@ -143,7 +143,7 @@ def report(trainer: Any, module: LanguageModule, data: TextData, run_dir: Path, 
     ]
     write_csv(run_dir / "test.csv", rows)
     write_csv(run_dir / "test_by_position.csv", by_position)
-    write_metrics(run_dir, {"test": scores}, name="test")
+    write_metrics(run_dir, {"test": scores}, name="scores")
     _draw(scores, run_dir)
     probed = _probe(module, data, cfg, run_dir)
     best = min(score["bits_per_byte"] for score in scores.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -87,8 +88,10 @@ def test_fit_leaves_scores_beside_compressors(fitted: tuple[Path, dict[str, Any]
     run_dir, metrics = fitted
     names = {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
     assert {"checkpoints/best.ckpt", "checkpoints/last.ckpt", "model/model.safetensors", "metrics.json"} <= names
-    assert {"test.csv", "test_by_position.csv", "loss.png", "loss_by_position.png"} <= names
+    assert {"test.csv", "test_by_position.csv", "scores.json", "loss.png", "loss_by_position.png"} <= names
     rows = metrics["test"]
+    with (run_dir / "test.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)][-5:] == list(rows)[-5:]
     assert {"chance", "byte frequencies", "zlib-9", "LZMA", "LZMA primed with the training text"} < set(rows)
     assert 0 < metrics["test/bits_per_byte"] < rows["byte frequencies"]
     assert json.loads((run_dir / "metrics.json").read_text())["test/bits_per_byte"] == metrics["test/bits_per_byte"]
