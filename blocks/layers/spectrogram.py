@@ -28,8 +28,9 @@ class LogMel(FrontEnd):
     """Energies of mel bands, compressed: X_im = c(sum_f M_mf |STFT_if|^power), as torchaudio with center=False.
 
     Davis and Mermelstein 1980, doi:10.1109/TASSP.1980.1163420. sample_rate: in Hz. num_mels: bands, the D of the
-    features. n_fft: samples of a frame (default 25 ms); win_length: of the Hann window in the middle of it (default
-    n_fft); hop_length: samples between frames (default 10 ms). f_min, f_max: in Hz, default 0 and half the sample rate.
+    features. win_length: samples of the Hann window, n_fft: of the frame in the middle of which it stands, hop_length:
+    from frame to frame; the defaults are 25 ms, the next power of two (with n_fft given win_length is n_fft, as in
+    torchaudio), and 10 ms. f_min, f_max: in Hz, default 0 and half the sample rate.
     power: 2 for energies, 1 for magnitudes. mel_scale: "htk" or "slaney"; mel_norm: "slaney" divides a band by its
     width. compression: "log" is ln(x + floor), "db" is 10 log10(max(x, floor)), "none". floor: default 1e-6 for "log",
     1e-10 for "db", those of torchaudio. A floor relative to the loudest frame (top_db, Whisper's log-mel) would need
@@ -57,7 +58,7 @@ class LogMel(FrontEnd):
         tail: str = "drop",
         norm: FeatureNorm | None = None,
     ) -> None:
-        n_fft, hop_length = frame_sizes(sample_rate, n_fft, hop_length)
+        n_fft, win_length, hop_length = frame_sizes(sample_rate, n_fft, win_length, hop_length)
         super().__init__(
             self._width(num_mels),
             frame_length=n_fft,
@@ -72,7 +73,7 @@ class LogMel(FrontEnd):
             raise ValueError(f"mel_scale={mel_scale!r} is unknown.{did_you_mean(mel_scale, MEL_SCALES)}")
         if mel_norm not in (None, "slaney"):
             raise ValueError(f"mel_norm={mel_norm!r} is unknown. Known: None, slaney.")
-        if win_length is not None and not 1 <= win_length <= n_fft:
+        if not 1 <= win_length <= n_fft:
             raise ValueError(f"win_length={win_length} must be between 1 and n_fft={n_fft}")
         top = sample_rate / 2 if f_max is None else f_max
         if not 0 <= f_min < top <= sample_rate / 2:
@@ -98,12 +99,19 @@ class LogMel(FrontEnd):
                 norm=mel_norm,
                 mel_scale=mel_scale,
             )
-        empty = int((self.mel.mel_scale.fb.amax(0) == 0).sum())
-        if empty:
+        if self._empty_bands(num_mels):
+            most = next((n for n in range(num_mels - 1, 0, -1) if not self._empty_bands(n)), None)
             raise ValueError(
-                f"num_mels={num_mels}: {empty} bands hold no bin of a spectrum of n_fft={n_fft} at {sample_rate} Hz; "
-                "take fewer bands or a larger n_fft (with win_length the window keeps its length)"
+                f"num_mels={num_mels}: {self._empty_bands(num_mels)} bands hold no bin of a spectrum with n_fft={n_fft} "
+                f"at {sample_rate} Hz; the most that do: {most}, or more with a larger n_fft"
             )
+
+    def _empty_bands(self, num_mels: int) -> int:
+        mel = self.mel.mel_scale
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            same = type(mel)(num_mels, mel.sample_rate, mel.f_min, mel.f_max, mel.fb.shape[0], mel.norm, mel.mel_scale)
+        return int((same.fb.amax(0) == 0).sum())
 
     def _width(self, num_mels: int) -> int:
         return num_mels
@@ -190,11 +198,14 @@ class MFCC(LogMel):
         return x @ self.dct
 
 
-def frame_sizes(sample_rate: int, n_fft: int | None, hop_length: int | None) -> tuple[int, int]:
-    """Samples of a frame and between frames: 25 ms and 10 ms, rounded down, where they are not given."""
+def frame_sizes(
+    sample_rate: int, n_fft: int | None = None, win_length: int | None = None, hop_length: int | None = None
+) -> tuple[int, int, int]:
+    """n_fft, win_length and hop_length of `LogMel`, with its defaults where they are None."""
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1:
         raise ValueError(f"sample_rate={sample_rate!r} must be a positive integer, in Hz")
-    return (
-        max(sample_rate * 25 // 1000, 1) if n_fft is None else n_fft,
-        max(sample_rate // 100, 1) if hop_length is None else hop_length,
-    )
+    if win_length is None:
+        win_length = max(sample_rate * 25 // 1000, 1) if n_fft is None else n_fft
+    if n_fft is None:
+        n_fft = 1 << max(win_length - 1, 0).bit_length()
+    return n_fft, win_length, max(sample_rate // 100, 1) if hop_length is None else hop_length
