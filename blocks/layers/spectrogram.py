@@ -102,7 +102,7 @@ class LogMel(FrontEnd):
         if self._empty_bands(num_mels):
             most = next((n for n in range(num_mels - 1, 0, -1) if not self._empty_bands(n)), None)
             raise ValueError(
-                f"num_mels={num_mels}: {self._empty_bands(num_mels)} bands hold no bin of a spectrum with n_fft={n_fft} "
+                f"num_mels={num_mels}: {self._empty_bands(num_mels)} bands hold no bin of a spectrum of n_fft={n_fft} "
                 f"at {sample_rate} Hz; the most that do: {most}, or more with a larger n_fft"
             )
 
