@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -29,6 +30,9 @@ _OTHERS = (  # where, what, kind: files that people take for audio and that libs
 )
 
 
+_SHORTER = re.compile(r"^\s*(?:SSND|Data Size|riff)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
+
+
 class AudioError(UserError):
     """A file that cannot be used. cause: one of CAUSES.
 
@@ -50,7 +54,8 @@ class RiffHead(NamedTuple):
 
 
 def check_head(file: BinaryIO, name: str) -> None:
-    """Refuse what is empty, text, of a known other kind, or a WAV file with less in it than its header says.
+    """Refuse what is empty, text, of a known other kind, a WAV file with less in it than its header says, or an OGG
+    file that ends within a page (one that ends between two is like a shorter file).
 
     file: at its start, seekable. Raises AudioError.
     """
@@ -66,6 +71,8 @@ def check_head(file: BinaryIO, name: str) -> None:
     if _is_text(head):
         start = " ".join(head[:40].decode("utf-8", "replace").split())
         raise AudioError(f"{name} is a text file, not audio: it begins with {start!r}", "not audio")
+    if head.startswith(b"OggS") and not _last_page_is_whole(file):
+        raise AudioError(f"{name} is cut off: its last page is not whole", "cut off")
     riff = riff_head(file)
     if riff is None:
         return
@@ -77,6 +84,15 @@ def check_head(file: BinaryIO, name: str) -> None:
         raise AudioError(
             f"{name} is cut off: its header says {riff.size:,} bytes of samples, the file has {riff.there:,}", "cut off"
         )
+
+
+def check_log(log: str, name: str) -> None:
+    """Refuse an AIFF, AU or W64 file of which libsndfile noted that it is shorter than its header says."""
+    found = _SHORTER.search(log)
+    if found is not None:
+        said, there = int(found[1]), int(found[2])
+        if said > there and said not in _UNKNOWN_SIZES:
+            raise AudioError(f"{name} is cut off: its header says {said:,} bytes, there are {there:,}", "cut off")
 
 
 def rate_error(name: str, rate: int) -> AudioError:
@@ -119,6 +135,19 @@ def riff_head(file: BinaryIO) -> RiffHead | None:
             return None if rate is None else RiffHead(rate, known, end - begin)
         file.seek(begin + size + size % 2)
     return None
+
+
+def _last_page_is_whole(file: BinaryIO) -> bool:
+    """Of an OGG file: a page is at most 65,307 bytes long, and its header lists the sizes of its pieces."""
+    end = file.seek(0, os.SEEK_END)
+    begin = max(0, end - (1 << 16))
+    file.seek(begin)
+    tail = file.read()
+    page = tail.rfind(b"OggS")
+    if page < 0:
+        return True  # something else behind the last page
+    pieces = tail[page + 27 : page + 27 + tail[page + 26]] if len(tail) > page + 26 else b""
+    return bool(pieces) and len(pieces) == tail[page + 26] and page + 27 + len(pieces) + sum(pieces) <= len(tail)
 
 
 def _is_text(head: bytes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import numpy as np
 
 from ..errors import UserError, check_whole, nearest, one_line
-from .faults import LEAST_RATE, MOST_RATE, AudioError, check_head, missing_error, rate_error
+from .faults import LEAST_RATE, MOST_RATE, AudioError, check_head, check_log, missing_error, rate_error
+from .mp3 import mp3_length
 
 if TYPE_CHECKING:
     import soundfile
@@ -311,6 +313,10 @@ class AudioReader:
         rate, frames, channels = file.samplerate, file.frames, file.channels
         if not LEAST_RATE <= rate <= MOST_RATE:
             raise rate_error(self.name, rate)
+        if file.format in ("AIFF", "AU", "W64"):
+            check_log(file.extra_info, self.name)
+        if file.format == "MP3":
+            frames = self._mp3_frames(frames, rate)
         if frames < 1:
             raise AudioError(f"{self.name} is empty: a header and no samples", "empty")
         if isinstance(self.channels, int) and channels != self.channels:
@@ -320,6 +326,24 @@ class AudioReader:
                 "channels",
             )
         return AudioInfo(rate, frames, channels, frames / rate, f"{file.format} {file.subtype}")
+
+    def _mp3_frames(self, frames: int, rate: int) -> int:
+        """The frames of an MP3 file: as its header says, or else as many as there are."""
+        if isinstance(self.path, Path):
+            with self.path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                length = mp3_length(data)
+        else:
+            length = mp3_length(self.path.content())
+        if length is None:
+            return frames
+        if frames < length.samples - 2 * length.per_frame:
+            raise AudioError(
+                f"{self.name} is an MP3 file of variable bit rate without its length in the header: of "
+                f"{length.samples / rate:.6g} seconds {frames / rate:.6g} would be read; `ffmpeg -i FILE FILE.flac` "
+                "converts it",
+                "unreadable",
+            )
+        return min(frames, length.samples)
 
 
 def _package(name: str) -> Any:

@@ -20,6 +20,7 @@ soundfile = pytest.importorskip("soundfile", reason="needs seqzoo[audio]")
 soxr = pytest.importorskip("soxr", reason="needs seqzoo[audio]")
 
 from seqzoo.pipelines.audio.faults import AudioError  # noqa: E402
+from seqzoo.pipelines.audio.mp3 import mp3_length  # noqa: E402
 from seqzoo.pipelines.audio.reader import AudioReader  # noqa: E402
 from seqzoo.pipelines.errors import UserError  # noqa: E402
 
@@ -248,6 +249,47 @@ def test_samples_that_are_no_numbers(tmp_path: Path, value: float, word: str) ->
     with pytest.raises(AudioError, match=rf"a\.wav holds {word}, first at 12\.5 seconds") as error:
         reader.read()
     assert error.value.cause == "not finite"
+
+
+@pytest.mark.parametrize("suffix", ["wav", "aiff", "au", "w64", "rf64", "ogg"])
+def test_cut_off_when_opened(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a.{suffix}", noise(4, 8000), 8000)
+    content = path.read_bytes()
+    assert AudioReader(path).frames == 32000
+    path.write_bytes(content[: len(content) * 3 // 5])
+    with pytest.raises(AudioError, match=rf"a\.{suffix} is cut off") as error:
+        assert AudioReader(path).info
+    assert error.value.cause == "cut off"
+
+
+def mp3_without_its_length(path: Path, rate: int, mode: str) -> bytes:
+    """An MP3 file less its first frame, which holds the number of the others: as old encoders write it. Loud at its
+    start or end alone, so that the bit rate of the first frame says nothing of the others."""
+    loud = noise(4, rate) * np.linspace(2, 0, 4 * rate)[:, None].astype(np.float32) ** 3
+    write(path, loud, rate, bitrate_mode=mode, compression_level=0.5)
+    content = path.read_bytes()
+    assert mp3_length(content) is None and content[0] == 0xFF
+    return content[content.index(content[:2], 4) :]
+
+
+def test_mp3_without_its_length(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All of its samples are read; tags behind them are none."""
+    path = tmp_path / "a.mp3"
+    content = mp3_without_its_length(path, 22050, "CONSTANT")
+    for tail in (b"", b"TAG" + b" " * 125, b"APETAGEX" + bytes(range(200)) * 60):
+        path.write_bytes(content + tail)
+        reader = AudioReader(path)
+        assert 4 * 22050 <= reader.frames <= 4 * 22050 + 3 * 576 and reader.frames % 576 == 0
+        assert len(reader.read()) == reader.frames
+
+
+def test_mp3_of_variable_rate_without_its_length(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.mp3"
+    path.write_bytes(mp3_without_its_length(path, 22050, "VARIABLE"))
+    said = soundfile.info(path).frames
+    assert said < 3 * 22050, "the first frame does not mislead"
+    with pytest.raises(AudioError, match=r"a\.mp3 is an MP3 file of variable bit rate.* of 4\.\d+ seconds [12]\."):
+        AudioReader(path).read()
 
 
 def test_missing(tmp_path: Path) -> None:
