@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError, nearest
 from ..text.hub import _open as open_dataset
 from .clips import Clip
+from .faults import AudioError
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class HubAudio:
 
     def content(self) -> bytes:
         cell = self.table[self.row][self.column]
-        if cell["bytes"] is not None:
+        if cell is not None and cell["bytes"] is not None:
             return bytes(cell["bytes"])
+        if cell is None or cell["path"] is None:
+            raise AudioError(f"{self.name} has no audio", "missing")
         return Path(cell["path"]).read_bytes()
 
 
@@ -42,10 +45,10 @@ def hub_clips(
     what splits keep together. Raises UserError for a column that is not there or not audio, naming the nearest.
     """
     found = open_dataset(name, split, False)
-    import datasets
+    import datasets  # the line before says what to install
 
     features = found.features
-    audio = [column for column, feature in features.items() if isinstance(feature, datasets.Audio)]
+    audio = [column for column, feature in features.items() if _is_audio(feature)]
     if audio_column is None:
         if len(audio) != 1:
             what = f"{len(audio)} audio columns ({', '.join(audio)})" if audio else "no audio column"
@@ -72,3 +75,12 @@ def hub_clips(
             Clip(HubAudio(where, table, audio_column, row), 0.0, None, text, None if group is None else str(group))
         )
     return clips
+
+
+def _is_audio(feature: Any) -> bool:
+    """An audio column, or what it is in a table that does not say so: bytes and a path."""
+    import datasets
+
+    if isinstance(feature, datasets.Audio):
+        return True
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}

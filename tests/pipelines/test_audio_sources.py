@@ -375,20 +375,33 @@ def test_datasets(tmp_path: Path) -> None:
             {"bytes": path.read_bytes(), "path": None},
             {"bytes": None, "path": str(path)},
             {"bytes": b"", "path": "x"},
+            None,
         ],
-        "label": [1, 0, 0],
-        "who": ["anna", "bob", None],
+        "label": [1, 0, 0, 1],
+        "who": ["anna", "bob", None, "bob"],
     }
     # not by from_dict, which wants torchcodec
     made = datasets.Dataset(pa.Table.from_pydict(rows, features.arrow_schema))
     assert isinstance(made.features["sound"], datasets.Audio) and made.features["sound"].decode
     made.save_to_disk(str(tmp_path / "set"))
     clips = hub_clips(str(tmp_path / "set"), group_column="who")
-    assert [(clip.label, clip.group) for clip in clips] == [("dog", "anna"), ("cat", "bob"), ("cat", None)]
+    assert [(clip.label, clip.group) for clip in clips] == [
+        ("dog", "anna"),
+        ("cat", "bob"),
+        ("cat", None),
+        ("dog", "bob"),
+    ]
     for clip in pickle.loads(pickle.dumps(clips[:2])):
         np.testing.assert_array_equal(read_clip(clip) * 2**15, np.arange(800))
     with pytest.raises(AudioError, match="set, record 2 is empty"):
         read_clip(clips[2])
+    with pytest.raises(AudioError, match="set, record 3 has no audio"):
+        read_clip(clips[3])
+    # a table of bytes and paths that does not call them audio
+    plain = pa.table({"sound": pa.array(rows["sound"][:2]), "label": ["wren", "rook"]})
+    datasets.Dataset(plain).save_to_disk(str(tmp_path / "plain"))
+    clips = hub_clips(str(tmp_path / "plain"))
+    assert [(clip.label, len(read_clip(clip))) for clip in clips] == [("wren", 800), ("rook", 800)]
     with pytest.raises(UserError, match=r"no column 'labels' \(label_column\)\. Did you mean label"):
         hub_clips(str(tmp_path / "set"), label_column="labels")
     with pytest.raises(UserError, match=r"the column 'who' is not audio\. Known: sound"):
