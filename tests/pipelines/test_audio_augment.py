@@ -65,6 +65,8 @@ def test_pads_stay_and_do_no_harm(name, dtype):
     assert same(x, kept)
     assert y[PADS].isnan().all() and not y[~PADS].isnan().any()
     assert (y[:2] != x[:2])[~PADS[:2]].any()
+    finite = CALLS[name](x.masked_fill(PADS, 9.0), seeded(), LENGTHS)
+    assert (finite[PADS] == 9).all() and torch.equal(finite[~PADS], y[~PADS])
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -151,12 +153,12 @@ def test_a_time_mask_is_at_most_a_share_of_the_row():
 @pytest.mark.parametrize("rule", ["weighted", "union"])
 def test_mixing_keeps_samples_and_labels_together(rule):
     """From one-hot clips: the weights are in the samples, and the labels have the same ones or both in full."""
-    x = torch.eye(6, dtype=torch.float64)
+    x = torch.eye(7, dtype=torch.float64)
     y, mixed = mix_clips(x, x, generator=seeded(), alpha=1.0, rule=rule)
-    torch.testing.assert_close(y.sum(1), torch.ones(6).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(y.sum(1), torch.ones(7).double(), atol=1e-12, rtol=0)
     assert (y.diag() >= 0.5).all() and ((y > 0).sum(1) == 2).all()
     partners = (y - torch.diag(y.diag())).argmax(1)
-    assert sorted(partners.tolist()) == list(range(6))
+    assert sorted(partners.tolist()) == list(range(7))
     assert torch.equal(mixed, y if rule == "weighted" else (y > 0).double())
 
 
