@@ -77,9 +77,9 @@ class AbsoluteTimeEncoding(nn.Module):
         first = torch.as_tensor(start, device=device).reshape(-1, 1)
         window = (first + torch.arange(length, device=device)) // self.frames_per_window
         index = (window + 1).clamp_max(self.num_steps - 1)
-        return (
-            index if num_windows is None else torch.where(window < num_windows.to(window.device).unsqueeze(1), index, 0)
-        )
+        if num_windows is None:
+            return index
+        return torch.where(window < num_windows.to(window.device).unsqueeze(1), index, 0)
 
 
 def windows_in(num_samples: int, sample_rate: int, *, windows_per_second: int = 3) -> int:
