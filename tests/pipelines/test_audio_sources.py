@@ -115,6 +115,7 @@ def test_names(tmp_path: Path) -> None:
         ("{label}_{}", "which is no name"),
         ("{label", "cannot be read"),
         ("{label}-{take}", r"2 of 2 names do not match the pattern '\{label\}-\{take\}' \(label, take\), .*1_a_0\.wav"),
+        ("{label}.{take}", "2 of 2 names do not match"),
         ("{label}_{split}_{x}", r"1_a_0\.wav: the split is 'a'\. Did you mean val"),
     ],
 )
@@ -225,6 +226,7 @@ def test_overlaps(tmp_path: Path) -> None:
 def test_speakers_are_never_shared() -> None:
     """Chains too: a file with two speakers holds both together, wherever their other files are."""
     clips = [Clip(Path(f"{s}{n}.wav"), 0.0, None, str(n % 3), s) for s in "abcdefghij" for n in range(6)]
+    clips += [Clip(Path(f"{s}x.wav"), 0.0, None, "9", s) for s in "cdefgh"]  # not all speakers say all
     clips += [Clip(Path("both.wav"), 0.0, 1.0, "0", "a"), Clip(Path("both.wav"), 1.0, 2.0, "1", "j")]
     splits = {}
     for seed in range(5):
