@@ -317,6 +317,7 @@ def test_precision_is_that_of_the_module():
         inside = front(x).features
     assert inside.dtype == torch.float32 and torch.equal(inside, front(x).features)
     assert front.double()(x).features.dtype == torch.float64
+    assert front.init_state(1).waiting.dtype == torch.float64 and patches().init_state(1).waiting.dtype == torch.float32
     with pytest.raises(ValueError, match=r"call its float\(\)"):
         log_mel().bfloat16()(x)
 
