@@ -19,7 +19,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -253,3 +253,9 @@ def mixer_class(model: dict[str, Any], cfg: dict[str, Any]) -> type[Mixer] | Non
         allow=cfg.get("allow", ()),
         command_line_targets=cfg.get("command_line_targets", ()),
     )
+
+
+def with_class(mixer: dict[str, Any], own: type[Mixer]) -> Callable[..., Mixer]:
+    """A factory of a user's own mixer class with the options that stand beside `_target_`."""
+    options = {k: v for k, v in mixer.items() if k not in ("_target_", "name")}
+    return lambda dim, **more: own(dim, **{**options, **more})

@@ -19,6 +19,7 @@ from .checkpoints import AtomicCheckpointIO, SafeModelCheckpoint, load_checkpoin
 from .errors import UserError, user_errors
 from .instantiate import safe_instantiate
 from .progress import progress_callback
+from .reports import export, report_fit, report_validation
 from .results import write_metrics
 from .validate import task_package, validate_names
 
@@ -88,8 +89,8 @@ def _fit(task: Any, cfg: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any],
         weights = load_checkpoint(Path(best))["state_dict"]
         module.load_state_dict(weights)
     if trainer.is_global_zero:
-        task.export(module, run_dir)
-        metrics.update(task.report_fit(trainer, module, run_dir))
+        export(module, run_dir)
+        metrics.update(report_fit(trainer, module, run_dir))
     if cfg.get("test_after_fit") and not cfg["trainer"].get("fast_dev_run"):
         task.prepare_test(module, data)
         trainer.test(module, datamodule=data, verbose=False)
@@ -122,7 +123,7 @@ def _evaluate(task: Any, command: str, cfg: dict[str, Any], run_dir: Path) -> di
         trainer.validate(module, datamodule=data, verbose=False)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         if trainer.is_global_zero:
-            task.report_validation(metrics, run_dir)
+            report_validation(metrics)
         return metrics
     task.prepare_test(module, data)
     trainer.test(module, datamodule=data, verbose=False)

@@ -75,12 +75,16 @@ def schedule(options: dict[str, Any], total_steps: int) -> tuple[str, Callable[[
 
 
 class TrainingModule(L.LightningModule):
-    """Base of the tasks' modules. A subclass builds `self.net` and defines the steps.
+    """Base of the tasks' modules. A subclass builds `self.net`, keeps its data's `schema` and defines the steps.
+
+    schema: what the model needs to know of its data, plain values; exported beside it. loss_name: of the loss curves.
 
     hparams are plain containers only, so that checkpoints load with `weights_only=True`.
     """
 
     net: nn.Module
+    schema: dict[str, Any]
+    loss_name = "loss"
 
     def __init__(self, *, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
-from ..text.hub import _open as open_dataset
+from ..hub_datasets import open_dataset
 from .clips import Clip
 from .faults import AudioError
 

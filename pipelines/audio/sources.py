@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..documents.readers import SPLIT_NAMES, TABLES
-from ..documents.readers import _rows as table_rows
 from ..errors import UserError, nearest
+from ..labelled_tables import SPLIT_NAMES, TABLES, table_rows
 from .clips import Clip
 from .faults import missing_error
 

@@ -13,6 +13,7 @@ from ...blocks.protocol import Mixer
 from ...zoo import create_model
 from ...zoo.classifier import SequenceClassifier
 from ..errors import UserError
+from ..instantiate import with_class
 from ..training import TrainingModule
 from .scores import ConfusionSums
 
@@ -48,6 +49,7 @@ class DocumentModule(TrainingModule):
     """
 
     net: SequenceClassifier
+    loss_name = "nats per document"
 
     def __init__(
         self,
@@ -65,8 +67,7 @@ class DocumentModule(TrainingModule):
         self.task, self.schema = dict(task), dict(schema)
         options = model_arguments(model, schema)
         if mixer_class is not None:
-            more = {k: v for k, v in options["mixer"].items() if k not in ("_target_", "name")}
-            options["mixer"] = lambda dim, **given: mixer_class(dim, **{**more, **given})
+            options["mixer"] = with_class(options["mixer"], mixer_class)
         net = create_model(model["name"], **options)
         if not isinstance(net, SequenceClassifier):
             raise UserError(f"model {model['name']!r} is no classifier of documents")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..text.tokenizer import Tokenizer, create_tokenizer
+from ..text.tokenizer import saved_tokenizer
 from .data import DocumentData
 from .labelled import LABELLED, load_unlabelled
 from .module import DocumentModule
@@ -47,19 +47,8 @@ def _documents(data: DocumentData, schema: dict[str, Any]) -> tuple[LabelledSet,
         return documents, [data.labels[label] for label in documents.labels]
     if data.path is None:
         raise UserError("data.path is missing: a folder of documents, or a CSV or JSONL table of texts")
-    tokenizer = tokenizer_of(schema)
+    tokenizer = saved_tokenizer(schema)
     return load_unlabelled(data.path, tokenizer, columns=data.columns, cache_dir=data.cache_dir)
-
-
-def tokenizer_of(schema: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that a model was trained with. Raises UserError when the file is another one now."""
-    tokenizer = create_tokenizer(schema["tokenizer"])
-    if tokenizer.key != schema["tokenizer_key"]:
-        raise UserError(
-            f"data.tokenizer={schema['tokenizer']} is {tokenizer.key} now, "
-            f"the model was trained with {schema['tokenizer_key']}"
-        )
-    return tokenizer
 
 
 def check_output(path: str | Path) -> Path:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, nearest
+from ..labelled_tables import SPLIT_NAMES, TABLES, table_rows
 
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
-SPLIT_NAMES = {
-    **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"},
-    **{"eval": "val", "test": "test", "testing": "test"},
-}
 _DEFAULTS = {"text": "text", "file": "file", "label": "label"}
 
 
@@ -115,7 +108,7 @@ def _read_folder(split: str, root: Path) -> Iterator[Example]:
 
 def _read_table(split: str, file: Path, columns: Mapping[str, str | None], labelled: bool) -> Iterator[Example]:
     chosen: dict[str, str | None] | None = None
-    for number, row in _rows(file):
+    for number, row in table_rows(file):
         where = f"{file}, line {number}"
         if chosen is None:
             chosen = _columns(file, list(row), columns, labelled)
@@ -170,46 +163,3 @@ def _cell(row: Mapping[str, Any], column: str, where: str) -> str:
     if isinstance(value, (dict, list)):
         raise UserError(f"{where}: {column!r} holds a {type(value).__name__}, expected text or a number")
     return str(value)
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a table with the number of their line."""
-    if file.suffix.lower() in (".jsonl", ".ndjson"):
-        yield from _json_rows(file)
-        return
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a document is a field
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
-        head = opened.readline()
-        opened.seek(0)
-        delimiter = "\t" if file.suffix.lower() == ".tsv" else ";" if ";" in head and "," not in head else ","
-        reader = csv.reader(opened, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, None)
-            if not header:
-                raise UserError(f"{file} is empty: its first line names the columns")
-            line = reader.line_num + 1
-            for fields in reader:
-                if len(fields) > len(header) or (0 < len(fields) < len(header)):
-                    raise UserError(
-                        f"{file}, line {line}: {len(fields)} fields, but {len(header)} columns; "
-                        "a text with commas or line breaks stands in double quotes"
-                    )
-                if fields:
-                    yield line, dict(zip(header, fields, strict=True))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}") from None
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8", "surrogateescape"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{file}, line {number} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{file}, line {number} holds a {type(record).__name__}, expected an object")
-            yield number, record

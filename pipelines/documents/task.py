@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ...zoo import save_model
 from ..checkpoints import saved_parameters
 from ..errors import UserError
 from ..instantiate import mixer_class
@@ -74,28 +73,6 @@ def check_schema(module: DocumentModule, data: DocumentData, path: Path) -> None
 
 def prepare_test(module: DocumentModule, data: DocumentData) -> None:
     """Nothing to choose."""
-
-
-def export(module: DocumentModule, run_dir: Path) -> None:
-    """Write the model as a folder that `seqzoo.load_model` reads; it can only name mixers of the registry."""
-    try:
-        save_model(module.net, run_dir / "model", preprocessing=module.schema)
-    except ValueError as error:
-        print(f"model not exported: {error}", flush=True)
-
-
-def report_fit(trainer: Any, module: DocumentModule, run_dir: Path) -> dict[str, Any]:
-    """Loss curves."""
-    from ..pictures import plot_loss_curves
-
-    log = run_dir / "logs" / "metrics.csv"
-    if log.is_file():
-        plot_loss_curves(log, run_dir / "loss.png", loss="nats per document")
-    return {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-
-
-def report_validation(metrics: dict[str, Any], run_dir: Path) -> None:
-    print_table([{"metric": k, "value": v} for k, v in metrics.items()], title="validation")
 
 
 def report(

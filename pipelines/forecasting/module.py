@@ -13,6 +13,7 @@ from ...blocks.layers.distributions import OutputDistribution, StudentTOutput
 from ...blocks.protocol import Mixer
 from ...zoo import Forecaster, create_model, list_models, model_info
 from ..errors import UserError
+from ..instantiate import with_class
 from ..training import TrainingModule
 from .baselines import drift, mean, naive, seasonal_naive
 from .calendar import seasonality
@@ -79,12 +80,12 @@ class ForecastModule(TrainingModule):
         )
         arguments = model_arguments(model, task, schema)
         if mixer_class is not None:
-            options = {k: v for k, v in arguments.get("mixer", {}).items() if k not in ("_target_", "name")}
-            arguments["mixer"] = (lambda dim, **kw: mixer_class(dim, **{**options, **kw})) if options else mixer_class
+            arguments["mixer"] = with_class(arguments.get("mixer", {}), mixer_class)
         net = create_model(model["name"], **arguments)
         if not isinstance(net, Forecaster):
             raise UserError(f"model {model['name']!r} is no forecaster")
         self.net: Forecaster = net
+        self.loss_name = f"{task['loss']} loss"
         if mixer_class is not None:
             self.net.config["options"]["mixer"] = mixer_class
         self.output: OutputDistribution = self.net.output

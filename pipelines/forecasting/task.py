@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...zoo import save_model
 from ..checkpoints import saved_parameters
 from ..errors import UserError
 from ..instantiate import mixer_class
@@ -87,28 +86,6 @@ def _compare_schema(saved: dict[str, Any], own: dict[str, Any], path: Path) -> N
     for key in _SHAPE_KEYS:
         if saved.get(key) != own[key]:
             raise UserError(f"{path} was trained with data.{key}={saved.get(key)!r}, here it is {own[key]!r}")
-
-
-def export(module: ForecastModule, run_dir: Path) -> None:
-    """Write the model as a folder that `seqzoo.load_model` reads; it can only name mixers of the registry."""
-    try:
-        save_model(module.net, run_dir / "model", preprocessing=module.schema)
-    except ValueError as error:
-        print(f"model not exported: {error}", flush=True)
-
-
-def report_fit(trainer: Any, module: ForecastModule, run_dir: Path) -> dict[str, Any]:
-    """Loss curves, and the best validation scores."""
-    from ..pictures import plot_loss_curves
-
-    log = run_dir / "logs" / "metrics.csv"
-    if log.is_file():
-        plot_loss_curves(log, run_dir / "loss.png", loss=f"{module.hparams['task']['loss']} loss")
-    return {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-
-
-def report_validation(metrics: dict[str, Any], run_dir: Path) -> None:
-    print_table([{"metric": k, "value": v} for k, v in metrics.items()], title="validation")
 
 
 def report(

@@ -16,7 +16,8 @@ from typing import Any, overload
 import numpy as np
 
 from ..cache import cache_root, cached_folder
-from .hub import dataset_documents, dataset_shards, is_table, local_data
+from ..hub_datasets import is_table, local_data
+from .hub import dataset_documents, dataset_shards
 from .sources import read_documents, source_files
 from .tokenizer import Tokenizer
 from .writing import SPLITS, assign, write_corpus, write_shards

@@ -10,6 +10,7 @@ from ...blocks.layers.positions import LearnedPosition
 from ...blocks.protocol import Mixer, State, detach_state, map_state, reset_rows
 from ...zoo import LanguageModel, create_model, model_info
 from ..errors import UserError
+from ..instantiate import with_class
 from ..training import TrainingModule
 from .data import TextData
 from .masking import mask_tokens
@@ -47,6 +48,7 @@ class LanguageModule(TrainingModule):
     """
 
     net: LanguageModel
+    loss_name = "nats per token"
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class LanguageModule(TrainingModule):
         self.task, self.schema = dict(task), dict(schema)
         options = model_arguments(model, task, schema)
         if mixer_class is not None:
-            options["mixer"] = _with_class(options["mixer"], mixer_class)
+            options["mixer"] = with_class(options["mixer"], mixer_class)
         net = create_model(model["name"], **options)
         if not isinstance(net, LanguageModel):
             raise UserError(f"model {model['name']!r} is no language model")
@@ -222,9 +224,3 @@ def constant_state(net: LanguageModel) -> bool:
         return net.state_size(1 << 20) == net.state_size(1 << 30)
     except ValueError:
         return False
-
-
-def _with_class(mixer: Any, mixer_class: type[Mixer]) -> Any:
-    """A factory of the user's own mixer with the options that stand beside `_target_`."""
-    options = {k: v for k, v in mixer.items() if k not in ("_target_", "name")}
-    return lambda dim, **more: mixer_class(dim, **{**options, **more})

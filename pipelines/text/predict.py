@@ -11,20 +11,9 @@ from ..errors import UserError
 from .answers import Answer
 from .module import LanguageModule
 from .sources import name_bytes
-from .tokenizer import Tokenizer, create_tokenizer
+from .tokenizer import saved_tokenizer
 
 _OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-def tokenizer_of(schema: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that a model was trained with. Raises UserError when the file is another one now."""
-    tokenizer = create_tokenizer(schema["tokenizer"])
-    if tokenizer.key != schema["tokenizer_key"]:
-        raise UserError(
-            f"data.tokenizer={schema['tokenizer']} is {tokenizer.key} now, "
-            f"the model was trained with {schema['tokenizer_key']}"
-        )
-    return tokenizer
 
 
 def continue_prompts(module: LanguageModule, task: dict[str, Any], *, seed: int) -> list[dict[str, Any]]:
@@ -35,7 +24,7 @@ def continue_prompts(module: LanguageModule, task: dict[str, Any], *, seed: int)
     """
     if module.task["objective"] == "masked":
         raise UserError("this model learned masked tokens; it cannot continue a text")
-    tokenizer = tokenizer_of(module.schema)
+    tokenizer = saved_tokenizer(module.schema)
     given = task["prompt"]
     prompts = [name_bytes(p) for p in ([given or ""] if given is None or isinstance(given, str) else map(str, given))]
     encoded = [[tokenizer.separator, *tokenizer.encode(p).tolist()] for p in prompts]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ...zoo import save_model
 from ..atomic import atomic_write_text
 from ..checkpoints import saved_parameters
 from ..errors import UserError, nearest
@@ -93,28 +92,6 @@ def prepare_test(module: LanguageModule, data: TextData) -> None:
         if "carried" in wanted and not constant_state(module.net):
             raise UserError("task.test_protocols has 'carried', but this model has no state of constant size")
         data.protocols = tuple(wanted)
-
-
-def export(module: LanguageModule, run_dir: Path) -> None:
-    """Write the model as a folder that `seqzoo.load_model` reads; it can only name mixers of the registry."""
-    try:
-        save_model(module.net, run_dir / "model", preprocessing=module.schema)
-    except ValueError as error:
-        print(f"model not exported: {error}", flush=True)
-
-
-def report_fit(trainer: Any, module: LanguageModule, run_dir: Path) -> dict[str, Any]:
-    """Loss curves."""
-    from ..pictures import plot_loss_curves
-
-    log = run_dir / "logs" / "metrics.csv"
-    if log.is_file():
-        plot_loss_curves(log, run_dir / "loss.png", loss="nats per token")
-    return {"epochs": trainer.current_epoch, "steps": trainer.global_step}
-
-
-def report_validation(metrics: dict[str, Any], run_dir: Path) -> None:
-    print_table([{"metric": k, "value": v} for k, v in metrics.items()], title="validation")
 
 
 def report(trainer: Any, module: LanguageModule, data: TextData, run_dir: Path, cfg: dict[str, Any]) -> dict[str, Any]:

@@ -114,3 +114,14 @@ def train_bpe(contents: Iterable[bytes], path: str | Path, *, vocab_size: int) -
 
     atomic_write_text(path, backend.to_str())
     return FileTokenizer(path)
+
+
+def saved_tokenizer(schema: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that a model was trained with. Raises UserError when the file is another one now."""
+    tokenizer = create_tokenizer(schema["tokenizer"])
+    if tokenizer.key != schema["tokenizer_key"]:
+        raise UserError(
+            f"data.tokenizer={schema['tokenizer']} is {tokenizer.key} now, "
+            f"the model was trained with {schema['tokenizer_key']}"
+        )
+    return tokenizer

@@ -1,0 +1,61 @@
+"""Tables of labelled examples, CSV, TSV or JSON lines, read row by row; what splits may be called."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+SPLIT_NAMES = {
+    **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"},
+    **{"eval": "val", "test": "test", "testing": "test"},
+}
+
+
+def table_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a table with the number of their line."""
+    if file.suffix.lower() in (".jsonl", ".ndjson"):
+        yield from _json_rows(file)
+        return
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a document is a field
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        head = opened.readline()
+        opened.seek(0)
+        delimiter = "\t" if file.suffix.lower() == ".tsv" else ";" if ";" in head and "," not in head else ","
+        reader = csv.reader(opened, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, None)
+            if not header:
+                raise UserError(f"{file} is empty: its first line names the columns")
+            line = reader.line_num + 1
+            for fields in reader:
+                if len(fields) > len(header) or (0 < len(fields) < len(header)):
+                    raise UserError(
+                        f"{file}, line {line}: {len(fields)} fields, but {len(header)} columns; "
+                        "a text with commas or line breaks stands in double quotes"
+                    )
+                if fields:
+                    yield line, dict(zip(header, fields, strict=True))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}") from None
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8", "surrogateescape"))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{file}, line {number} is not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{file}, line {number} holds a {type(record).__name__}, expected an object")
+            yield number, record

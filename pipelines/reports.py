@@ -1,0 +1,33 @@
+"""What every fit leaves behind, whatever its task: the exported model and the loss curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..zoo import save_model
+from .results import print_table
+from .training import TrainingModule
+
+
+def export(module: TrainingModule, run_dir: Path) -> None:
+    """Write the model as a folder that `seqzoo.load_model` reads; it can only name mixers of the registry."""
+    try:
+        save_model(module.net, run_dir / "model", preprocessing=module.schema)
+    except ValueError as error:
+        print(f"model not exported: {error}", flush=True)
+
+
+def report_fit(trainer: Any, module: TrainingModule, run_dir: Path) -> dict[str, Any]:
+    """Loss curves in the run folder; epochs and steps as figures."""
+    from .pictures import plot_loss_curves
+
+    log = run_dir / "logs" / "metrics.csv"
+    if log.is_file():
+        plot_loss_curves(log, run_dir / "loss.png", loss=module.loss_name)
+    return {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+
+
+def report_validation(metrics: dict[str, Any]) -> None:
+    """Print the scores of `lightning validate`."""
+    print_table([{"metric": k, "value": v} for k, v in metrics.items()], title="validation")
