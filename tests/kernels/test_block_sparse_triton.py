@@ -74,9 +74,9 @@ def equals_naive(leaves, options):
         torch.testing.assert_close(a.double(), b, atol=bound, rtol=0)
 
 
-# L, S, q_block, k_block: blocks with partial last ones, blocks as long as a tile, single queries fewer than a tile,
+# L, S, q_block, k_block: blocks with partial last ones, blocks of whole tiles, single queries fewer than a tile,
 # enough to be sorted
-SHAPES = [(11, 21, 4, 8), (34, 40, 17, 17), (70, 40, 32, 10), (3, 9, 1, 4), (33, 23, 1, 10)]
+SHAPES = [(11, 21, 4, 8), (34, 40, 17, 17), (130, 40, 64, 10), (3, 9, 1, 4), (33, 23, 1, 10)]
 
 
 @interpreted
