@@ -21,13 +21,12 @@ for model in "${models[@]}"; do
     python benchmarks/long_context.py --device cuda --models "$model" --steps 4000 --minutes 4 --out "$out/$model" \
         >"$out/$model.log" 2>&1 || echo "gpu_training.sh: $model failed, see $out/$model.log" &
 done
-listops=(experiment=lra/listops model=classifier_small trainer.precision=bf16-mixed trainer.max_epochs=3)
+listops=(experiment=lra/listops trainer.precision=bf16-mixed trainer.max_epochs=3)
 fit listops_softmax "${listops[@]}" mixer=softmax &
 fit listops_s4d "${listops[@]}" mixer=s4d &
 fit listops_hybrid "${listops[@]}" model=hybrid_classifier_small &
-fit stdlib_hybrid experiment=text/stdlib_bytes model.dim=384 model.depth=6 data.seq_len=1024 data.batch_size=48 \
-    data.steps=300 optimizer.adam_lr=5e-3 \
-    'model.mixer=[{name: mamba2, d_state: 64, head_dim: 64}, {name: softmax, num_heads: 6, position: rope, window_size: 512}]' &
+fit stdlib_hybrid experiment=text/stdlib_hybrid model.dim=384 model.depth=6 data.batch_size=48 data.steps=300 \
+    optimizer.adam_lr=5e-3 &
 wait
 python benchmarks/long_context.py --merge "${models[@]/#/$out/}"
 python -P -m seqzoo lra runs="$out/fits" || true

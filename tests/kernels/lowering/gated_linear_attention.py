@@ -9,11 +9,11 @@ from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 
 
 def call(dtype: torch.dtype, form: str, key: int, value: int, heads: int, groups: int, length: int = 2048) -> None:
-    """Few heads make a row long enough to be split into segments; a constant decay gets no gradient."""
+    """Few heads make a row long enough to be split into segments."""
     q, k = (torch.zeros(1, length, groups, key, dtype=dtype, requires_grad=True) for _ in range(2))
     v = torch.zeros(1, length, heads, value, dtype=dtype, requires_grad=True)
     shape = {"constant": (heads,), "head": (1, length, heads), "channel": (1, length, heads, key)}[form]
-    decay = torch.zeros(shape, requires_grad=form != "constant")
+    decay = torch.zeros(shape, requires_grad=True)
     o, state = gated_linear_attention(q, k, v, decay, return_state=True, backend="triton")
     (o.float().sum() + state.sum()).backward()
 
@@ -24,6 +24,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         (torch.bfloat16, "head", 128, 64, 16, 1),
         (torch.bfloat16, "channel", 64, 64, 2, 2),
         (torch.float32, "head", 128, 64, 200, 200),
+        (torch.float32, "channel", 256, 60, 2, 2),
     ):
         label = f"{dtype} {form} {key} {value}, {heads} heads of {groups} groups"
         yield label, partial(call, dtype, form, key, value, heads, groups)
