@@ -56,14 +56,28 @@ def _get(cfg: Mapping[str, Any], dotted: str) -> Any:
 
 
 def list_tasks() -> list[str]:
-    """The pipelines that are there: folders of `seqzoo.pipelines` with a `task.py`."""
-    root = files("seqzoo.pipelines")
-    return sorted(folder.name for folder in root.iterdir() if folder.is_dir() and (folder / "task.py").is_file())
+    """The pipelines that are there: folders of `seqzoo.pipelines` with a `task.py`, such as `text`, or rooms of such a
+    folder, such as `audio_events` in `audio/events`."""
+    return sorted(_task_folders())
 
 
 def task_package(name: str) -> Any:
     """The `task` module of a pipeline: build_data, build_module, load_module, report, predict."""
-    return importlib.import_module(f".{name}.task", __package__)
+    return importlib.import_module(f".{_task_folders()[name]}.task", __package__)
+
+
+def _task_folders() -> dict[str, str]:
+    """Names of the tasks and their packages."""
+    found = {}
+    for folder in files("seqzoo.pipelines").iterdir():
+        if not folder.is_dir():
+            continue
+        if (folder / "task.py").is_file():
+            found[folder.name] = folder.name
+        for room in folder.iterdir():
+            if room.is_dir() and (room / "task.py").is_file():
+                found[f"{folder.name}_{room.name}"] = f"{folder.name}.{room.name}"
+    return found
 
 
 def _check_name(cfg: Mapping[str, Any], group: str, known: Sequence[str]) -> str:
