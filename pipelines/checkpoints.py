@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,24 @@ def saved_parameters(checkpoint: dict[str, Any], task: str, path: Path) -> dict[
     if found != task:
         raise UserError(f"{path} is a checkpoint of task={found}, not {task}: give its experiment, or task={found}")
     return {key: saved[key] for key in wanted}
+
+
+def check_same_run(
+    checkpoint: dict[str, Any],
+    own: Mapping[str, Any],
+    path: Path,
+    sections: Sequence[str] = ("model", "task", "schema"),
+) -> None:
+    """Raise UserError naming what differs when a checkpoint is of another model, task or data than `own`, the
+    hyper-parameters of the module that would go on from it."""
+    saved = checkpoint.get("hyper_parameters", {})
+    for key in sections:
+        there, here = saved.get(key, {}), own[key]
+        changed = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+        if changed:
+            section = "data" if key == "schema" else key
+            detail = ", ".join(f"{section}.{k}={here.get(k)!r} here, {there.get(k)!r} there" for k in changed)
+            raise UserError(f"{path} is of another run, it cannot be resumed: {detail}")
 
 
 def _no_such_checkpoint(path: Path) -> str:

@@ -255,6 +255,14 @@ def mixer_class(model: dict[str, Any], cfg: dict[str, Any]) -> type[Mixer] | Non
     )
 
 
+def mixer_name(model: dict[str, Any]) -> str:
+    """What mixes, as a word: "s4d", or "mamba2 + softmax" for a hybrid."""
+    mixer = model.get("mixer", "softmax")
+    parts = mixer if isinstance(mixer, (list, tuple)) else [mixer]
+    names = [part if isinstance(part, str) else str(part.get("name", part.get("_target_"))) for part in parts]
+    return " + ".join(dict.fromkeys(names))
+
+
 def with_class(mixer: dict[str, Any], own: type[Mixer]) -> Callable[..., Mixer]:
     """A factory of a user's own mixer class with the options that stand beside `_target_`."""
     options = {k: v for k, v in mixer.items() if k not in ("_target_", "name")}

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+_WINDOW = 50  # batches within which items are sorted by length
+
 
 class IndexSampler(DistributedSampler[Any]):
     """Yields the numbers of a batch's items as an int64 array.
@@ -81,6 +83,35 @@ class IndexSampler(DistributedSampler[Any]):
             np.random.default_rng([self.seed, cycle]).shuffle(order)
             self._order = (cycle, order)
         return self._order[1]
+
+
+class BucketSampler(IndexSampler):
+    """An `IndexSampler` whose training batches hold items of similar lengths: less padding.
+
+    lengths: of the items. Of every fifty batches of a permutation the items are sorted by length, and the
+    batches come in random order; every item still comes once before any comes twice.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, *, seed: int = 0, steps: int | None = None) -> None:
+        super().__init__(len(lengths), batch_size, shuffle=True, seed=seed, steps=steps)
+        self.lengths = lengths
+        self._bucketed: tuple[int, np.ndarray] | None = None
+
+    def _permutation(self, cycle: int) -> np.ndarray:
+        if self._bucketed is None or self._bucketed[0] != cycle:
+            order = super()._permutation(cycle).copy()
+            size = self.batch_size * _WINDOW
+            random = np.random.default_rng([self.seed, cycle, 1])
+            for begin in range(0, len(order), size):
+                window = order[begin : begin + size]
+                window = window[np.argsort(self.lengths[window], kind="stable")]
+                whole = len(window) // self.batch_size * self.batch_size
+                # the one short batch, at the end of the last window, stays where it is
+                batches = window[:whole].reshape(-1, self.batch_size)
+                window = np.concatenate([batches[random.permutation(len(batches))].reshape(-1), window[whole:]])
+                order[begin : begin + size] = window
+            self._bucketed = (cycle, order)
+        return self._bucketed[1]
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -326,9 +326,15 @@ def plot_curves(
 
 
 def plot_confusion(
-    counts: np.ndarray, labels: Sequence[str], path: str | Path, *, title: str = "", max_labels: int = 30
+    counts: np.ndarray,
+    labels: Sequence[str],
+    path: str | Path,
+    *,
+    title: str = "",
+    max_labels: int = 30,
+    items: str = "items",
 ) -> Path | None:
-    """A confusion matrix: of the documents with a true label (a row), the share that got each answer (a column).
+    """A confusion matrix: of the items with a true label (a row), the share that got each answer (a column).
 
     counts: whole numbers (C, C); a cell has its share and its count. With more than `max_labels` classes only the most
     frequent ones are drawn. Returns the path, None without matplotlib.
@@ -357,7 +363,7 @@ def plot_confusion(
         panel.set_xticks(range(size), names, rotation=45 if long else 0, ha="right" if long else "center")
         panel.set_yticks(range(size), [f"{name} ({int(n):,})" for name, n in zip(names, totals[:, 0], strict=True)])
         panel.set_xlabel("answered")
-        panel.set_ylabel("true label (documents)")
+        panel.set_ylabel(f"true label ({items})")
         figure.colorbar(image, ax=panel, label="share of the true label", shrink=0.8)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=10)

@@ -12,11 +12,11 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from ..errors import UserError, check_whole, nearest
-from ..loading import IndexSampler, ResumableLoader, loader_options
+from ..loading import BucketSampler, IndexSampler, ResumableLoader, loader_options
 from ..text.tokenizer import Tokenizer, create_tokenizer
 from .arena import SOURCES, check_settings, load_arena
 from .labelled import LABELLED, load_labelled
-from .sets import BucketSampler, DocumentBatches, LabelledSet, from_split
+from .sets import DocumentBatches, LabelledSet, from_split
 
 STAGES = ("train", "val", "test")
 

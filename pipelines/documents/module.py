@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from ...blocks.layers.positions import LearnedPosition
 from ...blocks.protocol import Mixer
+from ...blocks.sequence_model import SequenceOutput
 from ...zoo import create_model
 from ...zoo.classifier import SequenceClassifier
+from ..classification import Batch, ClassificationModule
 from ..errors import UserError
 from ..instantiate import with_class
-from ..training import TrainingModule
-from .scores import ConfusionSums
-
-Batch = dict[str, Tensor]
 
 
 def model_arguments(model: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +35,7 @@ def model_arguments(model: dict[str, Any], schema: dict[str, Any]) -> dict[str, 
     return given
 
 
-class DocumentModule(TrainingModule):
+class DocumentModule(ClassificationModule):
     """Trains a classifier of documents; its scores are exact over documents, batches and processes.
 
     model: {"name", **options} of a zoo model. task: grad_checkpointing. schema: `DocumentData.schema()`. mixer_class:
@@ -49,6 +43,7 @@ class DocumentModule(TrainingModule):
     """
 
     net: SequenceClassifier
+    item = "document"
     loss_name = "nats per document"
 
     def __init__(
@@ -75,7 +70,7 @@ class DocumentModule(TrainingModule):
         if mixer_class is not None:
             self.net.config["options"]["mixer"] = mixer_class
         self.net.backbone.set_grad_checkpointing(bool(task.get("grad_checkpointing")))
-        self.test_sums = self._new_sums()
+        self.test_sums = self.new_sums()
 
     @property
     def longest(self) -> int | None:
@@ -83,47 +78,5 @@ class DocumentModule(TrainingModule):
         position = self.net.backbone.position
         return position.max_len if isinstance(position, LearnedPosition) else None
 
-    def _new_sums(self) -> ConfusionSums:
-        return ConfusionSums(len(self.schema["labels"]))
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        out = self.net(batch["tokens"], mask=batch.get("mask"))
-        loss = F.cross_entropy(out.y.float(), batch["labels"])
-        total = self.check_loss(loss + sum(out.aux.values()), batch_idx)
-        number = len(batch["labels"])
-        self.log_auxiliary(out.aux, number)
-        right = (out.y.detach().argmax(1) == batch["labels"]).float().mean()
-        self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
-        self.log("train/accuracy", right, on_step=False, on_epoch=True, batch_size=number)
-        return total
-
-    def on_validation_epoch_start(self) -> None:
-        self._sums = self._new_sums()
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._sums.update(self.net(batch["tokens"], mask=batch.get("mask")).y, batch["labels"])
-
-    def on_validation_epoch_end(self) -> None:
-        found = self._compute(self._sums)
-        values = {f"val/{key}": found[key] for key in ("loss", "accuracy", "macro_f1")}
-        self.log_dict(values, prog_bar=True, rank_zero_only=True)
-
-    def on_test_epoch_start(self) -> None:
-        self.test_sums = self._new_sums()
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.test_sums.update(self.net(batch["tokens"], mask=batch.get("mask")).y, batch["labels"])
-
-    def on_test_epoch_end(self) -> None:
-        found = self._compute(self.test_sums)
-        self.log_dict({f"test/{key}": found[key] for key in ("loss", "accuracy", "macro_f1")}, rank_zero_only=True)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Numbers of the documents, and their probabilities, float64 (B, C)."""
-        logits = self.net(batch["tokens"], mask=batch.get("mask")).y
-        return batch["document"].cpu(), torch.softmax(logits.double(), 1).cpu()
-
-    def _compute(self, sums: ConfusionSums) -> dict[str, Any]:
-        if self.trainer.world_size > 1:
-            sums.flat = self.sum_over_ranks(sums.flat)
-        return sums.compute()
+    def answer(self, batch: Batch) -> SequenceOutput:
+        return self.net(batch["tokens"], mask=batch.get("mask"))

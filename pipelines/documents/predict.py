@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..classification import answered
 from ..errors import UserError
 from ..text.tokenizer import saved_tokenizer
 from .data import DocumentData
@@ -27,15 +25,8 @@ def classify(trainer: Any, module: DocumentModule, data: DocumentData) -> list[d
     if longer:
         print(f"{longer:,} document(s) are cut at {min(limits)} tokens, as in training, {lost:,} tokens", flush=True)
     found = trainer.predict(module, dataloaders=data.evaluation(documents), return_predictions=True)
-    numbers = np.concatenate([number.numpy() for number, _ in found])
-    chances = np.concatenate([chance.numpy() for _, chance in found])[np.argsort(numbers, kind="stable")]
-    labels, known = schema["labels"], any(label is not None for label in given)
-    rows = []
-    for row, (chance, label) in enumerate(zip(chances, given, strict=True)):
-        best = int(chance.argmax())
-        record = {"document": documents.name(row), "label": labels[best], "probability": float(chance[best])}
-        rows.append({**record, "given": label} if known else record)
-    return rows
+    names = [documents.name(row) for row in range(len(documents))]
+    return answered(found, names, given, schema["labels"], item="document")
 
 
 def _documents(data: DocumentData, schema: dict[str, Any]) -> tuple[LabelledSet, list[str | None]]:
@@ -49,11 +40,3 @@ def _documents(data: DocumentData, schema: dict[str, Any]) -> tuple[LabelledSet,
         raise UserError("data.path is missing: a folder of documents, or a CSV or JSONL table of texts")
     tokenizer = saved_tokenizer(schema)
     return load_unlabelled(data.path, tokenizer, columns=data.columns, cache_dir=data.cache_dir)
-
-
-def check_output(path: str | Path) -> Path:
-    """The path, or UserError before any work is done if no table could be written there."""
-    path = Path(path)
-    if path.is_dir() or path.suffix.lower() != ".csv":
-        raise UserError(f"cannot write predictions to {path}: give the name of a .csv file")
-    return path

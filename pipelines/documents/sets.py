@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..loading import IndexSampler
 from .lra.split import Split
 
 _STEP = 32  # widths of batches are multiples of it: fewer shapes, fewer compiled products
-_WINDOW = 50  # batches within which documents are sorted by length
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,32 +100,3 @@ class DocumentBatches(Dataset[Any]):
         if (lengths < width).any():
             batch["mask"] = torch.arange(width) < torch.from_numpy(lengths).unsqueeze(-1)
         return batch
-
-
-class BucketSampler(IndexSampler):
-    """An `IndexSampler` whose training batches hold documents of similar lengths: less padding.
-
-    lengths: of the documents. Of every fifty batches of a permutation the documents are sorted by length, and the
-    batches come in random order; every document still comes once before any comes twice.
-    """
-
-    def __init__(self, lengths: np.ndarray, batch_size: int, *, seed: int = 0, steps: int | None = None) -> None:
-        super().__init__(len(lengths), batch_size, shuffle=True, seed=seed, steps=steps)
-        self.lengths = lengths
-        self._bucketed: tuple[int, np.ndarray] | None = None
-
-    def _permutation(self, cycle: int) -> np.ndarray:
-        if self._bucketed is None or self._bucketed[0] != cycle:
-            order = super()._permutation(cycle).copy()
-            size = self.batch_size * _WINDOW
-            random = np.random.default_rng([self.seed, cycle, 1])
-            for begin in range(0, len(order), size):
-                window = order[begin : begin + size]
-                window = window[np.argsort(self.lengths[window], kind="stable")]
-                whole = len(window) // self.batch_size * self.batch_size
-                # the one short batch, at the end of the last window, stays where it is
-                batches = window[:whole].reshape(-1, self.batch_size)
-                window = np.concatenate([batches[random.permutation(len(batches))].reshape(-1), window[whole:]])
-                order[begin : begin + size] = window
-            self._bucketed = (cycle, order)
-        return self._bucketed[1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..atomic import atomic_write_text
-from ..checkpoints import saved_parameters
+from ..checkpoints import check_same_run, saved_parameters
 from ..errors import UserError, nearest
 from ..instantiate import mixer_class
 from ..results import print_table, write_csv, write_metrics
@@ -59,13 +59,9 @@ def load_module(checkpoint: dict[str, Any], path: Path, cfg: dict[str, Any]) -> 
 
 def check_resume(checkpoint: dict[str, Any], module: LanguageModule, path: Path) -> None:
     """Raise UserError naming what differs when a checkpoint is of another model or other data."""
-    saved, own = checkpoint.get("hyper_parameters", {}), dict(module.hparams)
-    for key in ("model", "task"):
-        there, here = saved.get(key, {}), own[key]
-        changed = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
-        if changed:
-            detail = ", ".join(f"{key}.{k}={here.get(k)!r} here, {there.get(k)!r} there" for k in changed)
-            raise UserError(f"{path} is of another run, it cannot be resumed: {detail}")
+    own = dict(module.hparams)
+    check_same_run(checkpoint, own, path, ("model", "task"))
+    saved = checkpoint.get("hyper_parameters", {})
     _compare_schema(saved.get("schema", {}), own["schema"], path, ("tokenizer_key", "seq_len", "corpus"))
 
 

@@ -13,8 +13,9 @@ import torch
 from seqzoo.pipelines.documents.data import DocumentData
 from seqzoo.pipelines.documents.labelled import load_labelled, load_unlabelled, split_documents
 from seqzoo.pipelines.documents.lra.split import Split
-from seqzoo.pipelines.documents.scores import ConfusionSums, baselines
-from seqzoo.pipelines.documents.sets import BucketSampler, DocumentBatches, LabelledSet, from_split
+from seqzoo.pipelines.class_scores import ConfusionSums, baselines
+from seqzoo.pipelines.documents.sets import DocumentBatches, LabelledSet, from_split
+from seqzoo.pipelines.loading import BucketSampler
 from seqzoo.pipelines.errors import UserError
 from seqzoo.pipelines.text.tokenizer import ByteTokenizer
 
@@ -320,7 +321,7 @@ def test_scores_against_textbook_formulas() -> None:
     other.flat = sums.flat / 2 + sums.flat / 2
     found = other.compute()
     answers = logits.argmax(1)
-    assert found["accuracy"] == (answers == truth).mean() and found["documents"] == 200
+    assert found["accuracy"] == (answers == truth).mean() and found["items"] == 200
     assert found["macro_f1"] == pytest.approx(np.mean([f1_of(truth, answers, c) for c in range(5)]), abs=1e-12)
     loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(truth))
     assert found["loss"] == pytest.approx(float(loss), abs=1e-12)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class ConfusionSums:
-    """Counts by (true label, answer) and the sum of losses, in float64 on the CPU: exact up to 2^53 documents."""
+    """Counts by (true label, answer) and the sum of losses, in float64 on the CPU: exact up to 2^53 items."""
 
     def __init__(self, num_classes: int) -> None:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.float64)
@@ -34,7 +34,7 @@ class ConfusionSums:
         self.nats, self.counts = values[:1].clone(), values[1:].view_as(self.counts).clone()
 
     def compute(self) -> dict[str, Any]:
-        """loss (nats per document), accuracy, macro_f1, documents, confusion (C, C) as whole numbers."""
+        """loss (nats per item), accuracy, macro_f1, items, confusion (C, C) as whole numbers."""
         return scores(self.counts.numpy(), float(self.nats))
 
 
@@ -46,28 +46,28 @@ def scores(counts: np.ndarray, nats: float) -> dict[str, Any]:
     """
     total = counts.sum()
     if not total:
-        return {"loss": math.nan, "accuracy": math.nan, "macro_f1": math.nan, "documents": 0, "confusion": []}
+        return {"loss": math.nan, "accuracy": math.nan, "macro_f1": math.nan, "items": 0, "confusion": []}
     right, both = np.diag(counts), counts.sum(0) + counts.sum(1)
     there = both > 0
     return {
         "loss": nats / float(total),
         "accuracy": float(right.sum() / total),
         "macro_f1": float((2 * right[there] / both[there]).mean()),
-        "documents": int(total),
+        "items": int(total),
         "confusion": counts.astype(int).tolist(),
     }
 
 
 def baselines(train: np.ndarray, test: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
     """What no model needs to learn, as rows of the results table: always the most frequent label of the training
-    documents (its loss: that of their frequencies), and a fair guess.
+    items (its loss: that of their frequencies), and a fair guess.
 
-    train, test: int64 (C,), documents of each label.
+    train, test: int64 (C,), items of each label.
     """
     most = int(train.argmax())
     answered = np.zeros((len(test), len(test)))
     answered[:, most] = test
-    # add-one, so that a label which no training document has costs something finite
+    # add-one, so that a label which no training item has costs something finite
     frequencies = (train + 1) / (train + 1).sum()
     found = scores(answered, float(-(test * np.log(frequencies)).sum()))
     classes = len(labels)

@@ -1,0 +1,1 @@
+"""Recordings in classes: which label does a clip have."""

@@ -1,0 +1,59 @@
+"""Labels of new recordings from a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...classification import answered
+from ...errors import UserError, nearest
+from ...labelled_tables import TABLES
+from ..clips import Clip
+from ..skipping import checked_clips
+from ..sources import SUFFIXES, audio_files
+from .data import AudioClipData, own_clips
+from .module import AudioClipModule
+
+
+def classify(trainer: Any, module: AudioClipModule, data: AudioClipData) -> list[dict[str, Any]]:
+    """One record per recording, in their order: clip, label, its probability, and the label that the data give.
+
+    data: its `path` names a recording, a folder of recordings, or labelled ones in any form that trains; digits,
+    prompts and datasets give their test clips.
+    """
+    schema = module.schema
+    data.sample_rate, data.max_seconds = schema["sample_rate"], schema["max_seconds"]
+    clips, known = _clips(data)
+    data.labels = list(schema["labels"])
+    found = trainer.predict(module, dataloaders=data.evaluation(clips), return_predictions=True)
+    names = [clip.name + (f" {clip.start:g}-{clip.end:g}" if clip.start else "") for clip in clips]
+    given = [clip.label if known else None for clip in clips]
+    return answered(found, names, given, schema["labels"], item="clip")
+
+
+def _clips(data: AudioClipData) -> tuple[list[Clip], bool]:
+    """The clips, and whether their labels are known."""
+    if data.source != "files":
+        data.setup("test")
+        return data.sets["test"], True
+    if data.path is None:
+        raise UserError("data.path is missing: a recording, a folder of recordings, or a CSV or JSONL table")
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"no such file or folder: {path}.{nearest(path.name, siblings)}")
+    labelled = path.suffix.lower() in TABLES or data.pattern is not None or _has_label_folders(path)
+    if labelled:
+        return checked_clips(own_clips(path, data.pattern, data.columns)), True
+    files = [path] if path.is_file() else audio_files(path)
+    if not files:
+        raise UserError(f"{path} has no audio file ({', '.join(SUFFIXES)})")
+    return checked_clips([Clip(file, 0.0, None, "") for file in files]), False
+
+
+def _has_label_folders(path: Path) -> bool:
+    """Folders with recordings in them, and none beside them."""
+    if not path.is_dir():
+        return False
+    files = audio_files(path)
+    return bool(files) and all(file.parent != path for file in files)
