@@ -92,13 +92,14 @@ class EventSums:
     """Counts of recordings, in float64 on the CPU; `flat` adds up over processes.
 
     Of each class: pairs, true and found events; segments right, missed and wrong. Of all classes as one: pairs, true
-    and found. Of queries, a label that a recording has: their number, the sum of IoUs, hits from 0.3, 0.5 and 0.7.
+    and found, recordings and the sum of their IoUs. Of queries, a label that a recording has: their number, the sum of
+    IoUs, hits from 0.3, 0.5 and 0.7.
     """
 
     def __init__(self, num_classes: int, *, collar: float = COLLAR, share: float = LENGTH_SHARE) -> None:
         self.collar, self.share = collar, share
         self.by_class = torch.zeros(num_classes, 6, dtype=torch.float64)
-        self.any_class = torch.zeros(3, dtype=torch.float64)
+        self.any_class = torch.zeros(5, dtype=torch.float64)
         self.queries = torch.zeros(2 + len(RECALLS), dtype=torch.float64)
         self.seconds = torch.zeros(1, dtype=torch.float64)
 
@@ -114,15 +115,17 @@ class EventSums:
                 continue
             pairs = match_events(here, mine, collar=self.collar, share=self.share)
             real, guess = segment_activity(here, seconds), segment_activity(mine, seconds)
-            counts = (real & guess).sum(), (real & ~guess).sum(), (~real & guess).sum()
-            self.by_class[label] += torch.tensor([pairs, len(here), len(mine), *map(int, counts)], dtype=torch.float64)
+            segments = (real & guess).sum(), (real & ~guess).sum(), (~real & guess).sum()
+            row = [pairs, len(here), len(mine), *map(int, segments)]
+            self.by_class[label] += torch.tensor(row, dtype=torch.float64)
             if here:
                 iou = span_iou(here, mine)
                 hits = [float(iou >= least) for least in RECALLS]
                 self.queries += torch.tensor([1.0, iou, *hits], dtype=torch.float64)
         bare = [(start, end) for start, end, _ in truth], [(start, end) for start, end, _ in found]
         pairs = match_events(*bare, collar=self.collar, share=self.share)
-        self.any_class += torch.tensor([pairs, len(truth), len(found)], dtype=torch.float64)
+        counts = [pairs, len(truth), len(found), 1.0, span_iou(*bare)]
+        self.any_class += torch.tensor(counts, dtype=torch.float64)
         self.seconds += seconds
 
     @property
@@ -136,8 +139,8 @@ class EventSums:
         self.by_class = classes.view_as(self.by_class)
 
     def compute(self) -> dict[str, Any]:
-        """event_f1, event_f1_macro, precision, recall, event_f1_any (labels not looked at), segment_f1,
-        segment_f1_macro, miou, recall_at_0.3/0.5/0.7; per_class: rows of events, found, right and their F1.
+        """event_f1, event_f1_macro, precision, recall, segment_f1, segment_f1_macro, miou, recall_at_0.3/0.5/0.7;
+        event_f1_any, miou_any: where labels are not looked at; per_class: rows of events, found, right and their F1.
 
         F1 = 2 pairs / (true + found), micro: of the sums over classes; macro: the mean over the classes that have true
         events, where DCASE's takes those with a true or a found one. NaN where there is nothing to count.
@@ -157,10 +160,11 @@ class EventSums:
             "event_f1_macro": float(each[there].mean()) if there.any() else math.nan,
             "precision": _ratio(pairs.sum(), table[:, 2].sum()),
             "recall": _ratio(pairs.sum(), table[:, 1].sum()),
-            "event_f1_any": _ratio(2 * float(self.any_class[0]), float(self.any_class[1:].sum())),
+            "event_f1_any": _ratio(2 * float(self.any_class[0]), float(self.any_class[1:3].sum())),
             "segment_f1": _ratio(2 * table[:, 3].sum(), segments.sum()),
             "segment_f1_macro": float(each_segment[there].mean()) if there.any() else math.nan,
             "miou": _ratio(total, count),
+            "miou_any": _ratio(float(self.any_class[4]), float(self.any_class[3])),
             **{f"recall_at_{least}": _ratio(hit, count) for least, hit in zip(RECALLS, hits, strict=True)},
             "events": int(table[:, 1].sum()),
             "found": int(table[:, 2].sum()),
@@ -169,7 +173,15 @@ class EventSums:
         }
 
 
-SCORES = ("event_f1", "event_f1_macro", "event_f1_any", "segment_f1", "miou", *(f"recall_at_{x}" for x in RECALLS))
+SCORES = (
+    "event_f1",
+    "event_f1_macro",
+    "event_f1_any",
+    "segment_f1",
+    "miou",
+    "miou_any",
+    *(f"recall_at_{x}" for x in RECALLS),
+)
 
 
 def _ratio(part: float, whole: float) -> float:
