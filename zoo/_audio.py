@@ -102,11 +102,12 @@ class AudioEncoder(nn.Module):
         """What the front end makes of whole recordings; `encode` goes on from there, augmentation may stand between."""
         return self.front_end(samples, lengths=lengths)
 
-    def encode(self, features: Tensor, lengths: Tensor | None = None) -> AudioOutput:
-        """features: (B, L, F). lengths: int64 (B,), tokens of each row, None when all are real."""
+    def encode(self, features: Tensor, lengths: Tensor | None = None, *, start: Tensor | int = 0) -> AudioOutput:
+        """features: (B, L, F). lengths: int64 (B,), tokens of each row, None when all are real. start: int64 (B,) or a
+        number, tokens before the first, where the rows are parts of recordings."""
         if lengths is None:
             lengths = torch.full(features.shape[:1], features.shape[1], dtype=torch.int64, device=features.device)
-        return self._encode(features, lengths, None)
+        return self._encode(features, lengths, None, start)
 
     def forward(
         self, samples: Tensor, lengths: Tensor | None = None, *, state: AudioState | None = None
@@ -117,12 +118,12 @@ class AudioEncoder(nn.Module):
             out = self.features(samples, lengths)
             return self.encode(out.features, out.lengths)
         out = self.front_end(samples, lengths=lengths, state=state.front)
-        return self._encode(out.features, out.lengths, state._replace(front=out.state))
+        return self._encode(out.features, out.lengths, state._replace(front=out.state), state.given)
 
     def flush(self, state: AudioState) -> AudioOutput:
         """The tokens that remain once the recordings have ended."""
         out = self.front_end.flush(state.front)
-        return self._encode(out.features, out.lengths, state)
+        return self._encode(out.features, out.lengths, state, state.given)
 
     def init_state(
         self, batch_size: int = 1, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -149,13 +150,15 @@ class AudioEncoder(nn.Module):
             return "a mixer has no state"
         return "the norm of the front end takes statistics of whole recordings"
 
-    def _encode(self, features: Tensor, lengths: Tensor, state: AudioState | None) -> AudioOutput:
+    def _encode(
+        self, features: Tensor, lengths: Tensor, state: AudioState | None, start: Tensor | int
+    ) -> AudioOutput:
         x = self.drop(self.proj(features.to(self.proj.weight.dtype)))
         mask = None
         if bool((lengths < x.shape[1]).any()):
             mask = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
         if self.time_encoding is not None:
-            x = self.time_encoding(x, mask=mask, start=0 if state is None else state.given)
+            x = self.time_encoding(x, mask=mask, start=start)
         if self.token_merging is not None:
             x, mask, _ = self.token_merging(x, mask=mask)
             lengths = mask.sum(1)

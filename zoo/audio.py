@@ -156,9 +156,9 @@ class EventDetector(_AudioModel):
         pieces before. Returns logits in y, zero beyond a row's tokens."""
         return self._logits(self.encoder(samples, lengths, state=state))
 
-    def detect(self, features: Tensor, lengths: Tensor) -> AudioOutput:
-        """Logits from the features of `encoder.features`."""
-        return self._logits(self.encoder.encode(features, lengths))
+    def detect(self, features: Tensor, lengths: Tensor, *, start: Tensor | int = 0) -> AudioOutput:
+        """Logits from the features of `encoder.features`; start: as of `AudioEncoder.encode`."""
+        return self._logits(self.encoder.encode(features, lengths, start=start))
 
     def flush(self, state: AudioState) -> AudioOutput:
         """The logits that remain once the recordings have ended."""
