@@ -168,6 +168,10 @@ class EventDetector(_AudioModel):
         """Before the first sample; arguments as `AudioEncoder.init_state`."""
         return self.encoder.init_state(batch_size, **arguments)
 
+    def answer(self, y: Tensor) -> Tensor:
+        """Logits (B, L, num_classes) of tokens y (B, L, dim), what the encoder gives."""
+        return self.score(y, self.label_vectors) if self.text else self.out(self.drop(y))
+
     def set_label_vectors(self, vectors: Tensor) -> None:
         """The names of the labels as vectors, (num_classes, text_dim). Raises ValueError without a head of text."""
         self._check_text()
@@ -183,7 +187,7 @@ class EventDetector(_AudioModel):
         return self.scale.exp() * (tokens @ F.normalize(vectors, dim=-1).to(tokens.dtype).mT) + self.bias
 
     def _logits(self, out: AudioOutput) -> AudioOutput:
-        y = self.score(out.y, self.label_vectors) if self.text else self.out(self.drop(out.y))
+        y = self.answer(out.y)
         real = torch.arange(y.shape[1], device=y.device) < out.lengths.unsqueeze(1)
         return out._replace(y=y.masked_fill(~real.unsqueeze(-1), 0))
 

@@ -1,4 +1,4 @@
-"""Pictures of recordings: a timeline of true and found events."""
+"""Pictures of recordings: true and found events in time, and what was found in a spectrogram."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..pictures import MODEL, TRUTH, can_draw, new_figure
+import numpy as np
+
+from ..pictures import MODEL, OTHERS, TRUTH, can_draw, new_figure
+from .overview import Overview
 
 # Recordings are broken into rows of so many seconds, at most so many rows.
 ROW_SECONDS, MOST_ROWS = 60.0, 10
@@ -48,6 +51,73 @@ def plot_timeline(
         handles, names = axes[0].get_legend_handles_labels()
         if names:
             figure.legend(handles, names, loc="outside upper right", ncols=2)
+    return Path(path)
+
+
+def plot_recording(
+    overview: Overview,
+    found: Sequence[tuple[float, float, int, float]],
+    labels: Sequence[str],
+    path: str | Path,
+    *,
+    title: str = "",
+) -> Path | None:
+    """Draw a recording of any length on one axis of time: its spectrogram with the found spans, the spans of each
+    label, and the largest score of each label in every column.
+
+    found: start and end in seconds, number of the label, score. Returns None without matplotlib.
+    """
+    if not can_draw("the recording"):
+        return None
+    scale, unit = (60.0, "minutes") if overview.seconds > 300 else (1.0, "seconds")
+    end = overview.seconds / scale
+    lines = max(len(labels), 1)
+    heights = [2.2, 0.35 + 0.16 * lines, 0.35 + 0.16 * lines]
+    with new_figure(path) as figure:
+        figure.set_size_inches(11, 1.2 + sum(heights))
+        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=heights)
+        levels = overview.spectrogram
+        low, high = np.nanpercentile(levels, [5, 99.5]) if np.isfinite(levels).any() else (-100.0, 0.0)
+        top.imshow(
+            levels,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=low,
+            vmax=max(high, low + 1),
+            extent=(0, end, 0, levels.shape[0]),
+        )
+        top.grid(False)
+        top.set_ylabel("mel band")
+        for start, stop, label, _ in found:
+            colour = OTHERS[label % len(OTHERS)]
+            top.axvspan(start / scale, stop / scale, ymin=0.93, color=colour, linewidth=0)
+            if len(found) <= 60:
+                top.text((start + stop) / 2 / scale, 0.9 * levels.shape[0], labels[label], color="white", fontsize=7,
+                         ha="center", va="top")  # fmt: skip
+        thin = end / 1500  # narrower would not be seen
+        for label in range(len(labels)):
+            own = [(start / scale, max((stop - start) / scale, thin)) for start, stop, k, _ in found if k == label]
+            middle.broken_barh(own, (label - 0.4, 0.8), color=OTHERS[label % len(OTHERS)], linewidth=0)
+        middle.set_ylabel("found")
+        image = bottom.imshow(
+            overview.scores.T,
+            aspect="auto",
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+            extent=(0, end, len(labels) - 0.5, -0.5),
+        )
+        bottom.grid(False)
+        bottom.set_ylabel("score")
+        figure.colorbar(image, ax=[top, middle, bottom], label="probability", shrink=0.5, pad=0.01)
+        for axis in (middle, bottom):
+            axis.set_yticks(range(len(labels)), [name[:18] for name in labels], fontsize=6)
+            axis.set_ylim(len(labels) - 0.5, -0.5)
+        bottom.set_xlim(0, end)
+        bottom.set_xlabel(unit)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     return Path(path)
 
 

@@ -35,6 +35,18 @@ def audio_files(root: Path) -> list[Path]:
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
 
 
+def recordings_in(path: str | Path) -> list[Path]:
+    """A recording, or all audio files of a folder. Raises UserError for neither, and for a folder without any."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise UserError(f"no such file or folder: {file}.{nearest(file.name, siblings)}")
+    files = [file] if file.is_file() else audio_files(file)
+    if not files:
+        raise UserError(f"{file} has no audio file ({', '.join(SUFFIXES)})")
+    return files
+
+
 def folder_clips(path: str | Path) -> list[Clip]:
     """The files of a folder whose sub-folders are labels, or whose train, val and test hold such folders.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,43 @@ from .reader import AudioReader
 Head = Callable[[Tensor], Tensor]
 
 
+class Source(Protocol):
+    """One channel of a recording. samples: the frames start .. stop, float32; streaming never goes back by more than
+    the overlap of two windows."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def sample_rate(self) -> int: ...
+    def samples(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class FileSource:
+    """A `Source` that reads a file once, from its start to its end, and holds what was asked for last.
+
+    reader: of one channel. Raises AudioError for a file that turns out to be unusable.
+    """
+
+    def __init__(self, reader: AudioReader) -> None:
+        self.name, self.frames, self.sample_rate = reader.name, reader.frames, reader.rate
+        self._blocks = reader.blocks(10.0)
+        self._samples, self._first = np.zeros(0, dtype=np.float32), 0
+
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """Frames start .. stop; start must not be below that of the call before."""
+        if start < self._first:
+            raise ValueError(f"{self.name} is read forwards: {start} is before {self._first}")
+        parts, held = [self._samples[start - self._first :]], len(self._samples) - (start - self._first)
+        while held < stop - start:
+            block = next(self._blocks)
+            parts.append(block[-held:] if held < 0 and -held < len(block) else block[:0] if held < 0 else block)
+            held += len(block)
+        self._samples, self._first = np.concatenate(parts), start
+        return self._samples[: stop - start]
+
+
 class Piece(NamedTuple):
     """first: number of the first token. values: (n, C), what the head gives for the tokens first .. first + n - 1."""
 
@@ -28,7 +65,7 @@ class Piece(NamedTuple):
 def stream(
     encoder: AudioEncoder,
     head: Head,
-    reader: AudioReader,
+    source: Source,
     *,
     piece_seconds: float = 20.0,
     context_seconds: float = 5.0,
@@ -42,27 +79,27 @@ def stream(
     context (softmax with window_size w over n blocks: n (w - 1) tokens), otherwise near them; a norm of whole
     recordings ("utterance") is then one of windows. batch_size: windows at once.
 
-    The reader must give one channel at the encoder's sample rate. Raises UserError for another rate and for lengths
-    that are not above 0 (context: below 0).
+    Raises UserError for a source of another sample rate and for lengths that are not above 0 (context: below 0).
     """
     front = encoder.front_end
-    if reader.rate != encoder.sample_rate:
-        raise UserError(f"the model hears {encoder.sample_rate} Hz, {reader.name} is read at {reader.rate} Hz")
+    if source.sample_rate != encoder.sample_rate:
+        raise UserError(f"the model hears {encoder.sample_rate} Hz, {source.name} is read at {source.sample_rate} Hz")
     if not piece_seconds > 0 or not context_seconds >= 0:
         raise UserError(f"piece_seconds={piece_seconds} must be above 0, context_seconds={context_seconds} not below 0")
     tokens = max(round(piece_seconds * front.sample_rate / front.hop_length), 1)
     if encoder.streaming:
-        yield from _stateful(encoder, head, reader, tokens * front.hop_length)
+        yield from _stateful(encoder, head, source, tokens * front.hop_length)
     else:
         context = math.ceil(context_seconds * front.sample_rate / front.hop_length)
-        yield from _windows(encoder, head, reader, tokens, context, batch_size)
+        yield from _windows(encoder, head, source, tokens, context, batch_size)
 
 
 @torch.inference_mode()
-def _stateful(encoder: AudioEncoder, head: Head, reader: AudioReader, samples: int) -> Iterator[Piece]:
+def _stateful(encoder: AudioEncoder, head: Head, source: Source, size: int) -> Iterator[Piece]:
     state, first = encoder.init_state(1), 0
-    for block in reader.blocks(samples / reader.rate):
-        out = encoder(_tensor(block, encoder), state=state)
+    for start in range(0, source.frames, size):
+        block = torch.from_numpy(source.samples(start, min(start + size, source.frames)))
+        out = encoder(block.unsqueeze(0).to(encoder.proj.weight.device), state=state)
         state = out.state
         if out.y.shape[1]:
             yield Piece(first, head(out.y)[0])
@@ -74,21 +111,20 @@ def _stateful(encoder: AudioEncoder, head: Head, reader: AudioReader, samples: i
 
 @torch.inference_mode()
 def _windows(
-    encoder: AudioEncoder, head: Head, reader: AudioReader, tokens: int, context: int, batch_size: int
+    encoder: AudioEncoder, head: Head, source: Source, tokens: int, context: int, batch_size: int
 ) -> Iterator[Piece]:
-    front, total = encoder.front_end, encoder.front_end.num_frames(reader.frames)
+    front, total = encoder.front_end, encoder.front_end.num_frames(source.frames)
     spans = [
         (max(first - context, 0), first, min(first + tokens, total), min(first + tokens + context, total))
         for first in range(0, total, tokens)
     ]
-    source = _Buffer(reader)
     for begin in range(0, len(spans), batch_size):
         group = spans[begin : begin + batch_size]
         rows = []
         for left, _, _, right in group:
             # the last token may be filled with zeros, as in the whole
-            stop = min((right - 1) * front.hop_length + front.frame_length, reader.frames)
-            rows.append(source.read(left * front.hop_length, stop))
+            stop = min((right - 1) * front.hop_length + front.frame_length, source.frames)
+            rows.append(source.samples(left * front.hop_length, stop))
         lengths = torch.tensor([len(row) for row in rows])
         samples = np.zeros((len(rows), int(lengths.max())), dtype=np.float32)
         for line, row in zip(samples, rows, strict=True):
@@ -104,27 +140,3 @@ def _encode(encoder: AudioEncoder, samples: np.ndarray, lengths: Tensor, starts:
     ragged = bool((lengths < samples.shape[1]).any())
     features = encoder.features(batch, lengths.to(batch.device) if ragged else None)
     return encoder.encode(features.features, features.lengths, start=starts)
-
-
-def _tensor(block: np.ndarray, encoder: AudioEncoder) -> Tensor:
-    return torch.from_numpy(block).unsqueeze(0).to(encoder.proj.weight.device)
-
-
-class _Buffer:
-    """Spans of a recording that overlap and move on, from one pass through it."""
-
-    def __init__(self, reader: AudioReader) -> None:
-        self._blocks = reader.blocks(10.0)
-        self._samples, self._first = np.zeros(0, dtype=np.float32), 0
-
-    def read(self, first: int, last: int) -> np.ndarray:
-        """Frames first to last; first never goes back."""
-        self._samples, self._first = self._samples[first - self._first :], first
-        parts, held = [self._samples], len(self._samples)
-        while held < last - first:
-            block = next(self._blocks)
-            parts.append(block)
-            held += len(block)
-        if len(parts) > 1:
-            self._samples = np.concatenate(parts)
-        return self._samples[: last - first]

@@ -6,7 +6,7 @@ import soundfile
 import torch
 
 from seqzoo.pipelines.audio.reader import AudioReader
-from seqzoo.pipelines.audio.streaming import stream
+from seqzoo.pipelines.audio.streaming import FileSource, stream
 from seqzoo.pipelines.errors import UserError
 from seqzoo.zoo import create_model
 
@@ -31,7 +31,7 @@ def detector(mixer, **options):
 
 
 def collected(model, reader, **options):
-    pieces = list(stream(model.encoder, model.out, reader, **options))
+    pieces = list(stream(model.encoder, model.out, FileSource(reader), **options))
     assert [piece.first for piece in pieces] == list(np.cumsum([0, *[len(p.values) for p in pieces[:-1]]]))
     return torch.cat([piece.values for piece in pieces]), len(pieces)
 
@@ -92,9 +92,18 @@ def test_only_one_piece_of_the_recording_is_held(recording, monkeypatch):
 
 def test_what_is_refused(recording):
     model = detector("linear")
-    with pytest.raises(UserError, match="the model hears 1000 Hz, .* is read at 2000 Hz"):
+    with pytest.raises(UserError, match=r"the model hears 1000 Hz, .* is read at 2000 Hz"):
         collected(model, AudioReader(recording, sample_rate=2000))
     with pytest.raises(UserError, match="piece_seconds=0 must be above 0"):
         collected(model, AudioReader(recording), piece_seconds=0)
     with pytest.raises(UserError, match="context_seconds=-1"):
         collected(model, AudioReader(recording), context_seconds=-1)
+
+
+def test_a_file_is_read_forwards(recording):
+    whole = AudioReader(recording, sample_rate=8000).read()
+    source = FileSource(AudioReader(recording, sample_rate=8000))
+    for start, stop in ((0, 10), (5, 7), (7, 50_000), (49_990, 50_010), (72_000, len(whole))):
+        assert np.array_equal(source.samples(start, stop), whole[start:stop])
+    with pytest.raises(ValueError, match="read forwards: 3 is before 72000"):
+        source.samples(3, 5)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ...classification import answered
-from ...errors import UserError, nearest
+from ...errors import UserError
 from ...labelled_tables import TABLES
 from ..clips import Clip
 from ..skipping import checked_clips
-from ..sources import SUFFIXES, audio_files
+from ..sources import audio_files, recordings_in
 from .data import AudioClipData, own_clips
 from .module import AudioClipModule
 
@@ -38,16 +38,10 @@ def _clips(data: AudioClipData) -> tuple[list[Clip], bool]:
         return data.sets["test"], True
     if data.path is None:
         raise UserError("data.path is missing: a recording, a folder of recordings, or a CSV or JSONL table")
-    path = Path(data.path).expanduser()
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"no such file or folder: {path}.{nearest(path.name, siblings)}")
+    files, path = recordings_in(data.path), Path(data.path).expanduser()
     labelled = path.suffix.lower() in TABLES or data.pattern is not None or _has_label_folders(path)
     if labelled:
         return checked_clips(own_clips(path, data.pattern, data.columns)), True
-    files = [path] if path.is_file() else audio_files(path)
-    if not files:
-        raise UserError(f"{path} has no audio file ({', '.join(SUFFIXES)})")
     return checked_clips([Clip(file, 0.0, None, "") for file in files]), False
 
 
