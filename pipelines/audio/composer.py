@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import csv
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,17 +14,15 @@ import numpy as np
 from ..atomic import atomic_path
 from ..errors import UserError
 from .backgrounds import Background
-from .clips import Clip, read_clip
+from .clips import Clip
 from .faults import AudioError
 from .skipping import BadFiles
+from .sounds import TRIM_DB, SoundBank
 
-TRIM_DB = 30.0
-TRIM_FRAME = 0.01  # seconds
-EDGE = 0.005  # seconds over which a clip comes in and goes out, so that its edges do not click
 # Mean square below which a background counts as silent: an event there is as loud as over this.
 SILENCE = 1e-8
 PEAK = 0.99
-_KEPT_SOUNDS = 4096
+_SPEEDS = 9
 _MEASURED = 50  # clips of a label whose mean length is taken
 _WRITTEN = 10  # seconds that are written at a time
 
@@ -41,60 +38,22 @@ class Piece(NamedTuple):
     gain: float
 
 
+class _Planted(NamedTuple):
+    clip: int
+    speed: float
+
+
 class Event(NamedTuple):
-    """A planted clip. start, stop: frames of the recording. clip: its number. gain: factor. snr_db: its energy over
-    that of the background within its span."""
+    """A planted clip. start, stop: frames of the recording. clip: its number. speed: at which it is played. gain:
+    factor. snr_db: its energy over that of the background within its span."""
 
     start: int
     stop: int
     label: str
     clip: int
+    speed: float
     gain: float
     snr_db: float
-
-
-def trim_silence(samples: np.ndarray, rate: int, *, down_db: float = TRIM_DB) -> np.ndarray:
-    """A clip (T,) without the quiet at its ends: from the first to the last frame of 10 ms whose mean square is at most
-    `down_db` below that of the loudest frame. The rest of a last frame counts as one; silence alone stays as it is."""
-    size = max(1, round(TRIM_FRAME * rate))
-    starts = np.arange(0, len(samples), size)
-    square = samples.astype(np.float64) ** 2
-    level = np.add.reduceat(square, starts) / np.diff(np.append(starts, len(samples)))
-    loud = np.flatnonzero(level >= level.max() * 10 ** (-down_db / 10))
-    return samples[loud[0] * size : (loud[-1] + 1) * size] if level.max() > 0 else samples
-
-
-class SoundBank:
-    """The clips as they are planted: one channel at `sample_rate`, trimmed by `trim_silence`, 5 ms of fade at the ends.
-
-    The ones used last are kept in memory. `get(number)` raises AudioError for a bad file.
-    """
-
-    def __init__(self, clips: Sequence[Clip], sample_rate: int, *, trim_db: float = TRIM_DB) -> None:
-        self.clips, self.sample_rate, self.trim_db = list(clips), sample_rate, trim_db
-        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def get(self, number: int) -> np.ndarray:
-        """float32 (T,), not to be changed."""
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number]
-        clip = self.clips[number]
-        sound = trim_silence(read_clip(clip, sample_rate=self.sample_rate), self.sample_rate, down_db=self.trim_db)
-        if not np.any(sound):
-            raise AudioError(f"{clip.where or clip.name} is silent: nothing of it can be planted", "empty")
-        edge = min(round(EDGE * self.sample_rate), len(sound) // 2)
-        ramp = (np.arange(edge, dtype=np.float32) + 1) / (edge + 1)
-        sound = sound.copy()
-        sound[:edge] *= ramp
-        sound[len(sound) - edge :] *= ramp[::-1]
-        self._kept[number] = sound
-        if len(self._kept) > _KEPT_SOUNDS:
-            self._kept.popitem(last=False)
-        return sound
 
 
 class Composition:
@@ -143,7 +102,7 @@ class Composition:
         for event in self.events[first : bisect.bisect_left(self._event_starts, stop)]:
             begin, end = max(start, event.start), min(stop, event.stop)
             if begin < end:
-                sound = self.bank.get(event.clip)[begin - event.start : end - event.start]
+                sound = self.bank.get(event.clip, event.speed)[begin - event.start : end - event.start]
                 found[begin - start : end - start] += np.float32(event.gain) * sound
         found *= np.float32(self.gain)
         return found
@@ -213,6 +172,7 @@ class Composer:
     Poisson. min_gap: seconds between two. overlap: events may overlap, those of one label do not. level_db: two numbers
     between which the level of each piece of background is drawn, dB of full scale as its recording's root mean square.
     piece_seconds: least and most of a piece. crossfade: seconds.
+    speed: two numbers between which the speed of each event is drawn, one of nine in equal ratios; other voices.
     Raises UserError for values outside these, no clips or backgrounds, and one shorter than two crossfades.
     """
 
@@ -230,10 +190,15 @@ class Composer:
         piece_seconds: Sequence[float] = (5.0, 20.0),
         crossfade: float = 0.5,
         trim_db: float = TRIM_DB,
+        speed: float | Sequence[float] = 1.0,
         bad: BadFiles | None = None,
     ) -> None:
         self.snr_db = _range("snr_db", snr_db)
         self.level_db, self.piece_seconds = _range("level_db", level_db), _range("piece_seconds", piece_seconds)
+        slow, fast = _range("speed", speed)
+        if not slow > 0:
+            raise UserError(f"speed={speed!r} must be above 0; 1 is the clip's own")
+        self.speeds = [slow] if slow == fast else np.geomspace(slow, fast, _SPEEDS).tolist()
         for name, value, least in (
             ("events_per_minute", events_per_minute, 0.0),
             ("min_gap", min_gap, 0.0),
@@ -275,15 +240,15 @@ class Composer:
         placed = self._scatter(chosen, frames, rng) if self.overlap else self._line_up(chosen, frames, rng)
         bare = Composition(name, frames, pieces, (), 1.0, self.fade, self.backgrounds, self.bank)
         events, peak = [], self._highest(pieces)
-        for (start, number), part in zip(placed, rng.random(len(placed)), strict=True):
+        for (start, planted), part in zip(placed, rng.random(len(placed)), strict=True):
             wanted = snr[0] + (snr[1] - snr[0]) * float(part)
-            sound = self.bank.get(number)
+            sound = self.bank.get(*planted)
             behind = bare.background(start, start + len(sound))
             energy = max(_energy(behind), SILENCE * len(sound))
             gain = float(np.float32(math.sqrt(energy / _energy(sound) * 10 ** (wanted / 10))))
             peak = max(peak, float(np.abs(behind).max()) + gain * float(np.abs(sound).max()))
-            label = self.bank.clips[number].label
-            events.append(Event(start, start + len(sound), label, number, gain, wanted))
+            label = self.bank.clips[planted.clip].label
+            events.append(Event(start, start + len(sound), label, *planted, gain, wanted))
         if self.overlap:  # several may sound at once: what each adds is bounded by the sum
             peak = self._highest(pieces) + _stacked(events, self.bank)
         gain = float(np.float32(min(1.0, PEAK / peak))) if peak > 0 else 1.0
@@ -323,22 +288,23 @@ class Composer:
         """A bound of the background's peak: where two fade into each other it is at most the root of 2 higher."""
         return math.sqrt(2) * max(piece.gain * self.backgrounds[piece.source].statistics[1] for piece in pieces)
 
-    def _sound(self, number: int) -> np.ndarray | None:
+    def _sound(self, number: int, speed: float = 1.0) -> np.ndarray | None:
         try:
-            return self.bank.get(number)
+            return self.bank.get(number, speed)
         except AudioError as error:
             if self.bad is None:
                 raise
             self.bad.skip(self.bank.clips[number].name, error)
             return None
 
-    def _choose(self, count: int, frames: int, rng: np.random.Generator) -> list[int]:
+    def _choose(self, count: int, frames: int, rng: np.random.Generator) -> list[_Planted]:
         """Clips to plant: a label, each as likely, then one of its clips."""
-        chosen: list[int] = []
+        chosen: list[_Planted] = []
         for _ in range(count):
             numbers = self._by_label[self.labels[int(rng.integers(len(self.labels)))]]
             number = numbers[int(rng.integers(len(numbers)))]
-            sound = self._sound(number)
+            speed = self.speeds[int(rng.integers(len(self.speeds)))]
+            sound = self._sound(number, speed)
             if sound is None:
                 continue
             if len(sound) > frames:
@@ -347,12 +313,12 @@ class Composer:
                     f"{clip.where or clip.name} has {len(sound) / self.sample_rate:g} seconds of sound, more than the "
                     f"recording of {frames / self.sample_rate:g}"
                 )
-            chosen.append(number)
+            chosen.append(_Planted(number, speed))
         return chosen
 
-    def _line_up(self, chosen: Sequence[int], frames: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    def _line_up(self, chosen: Sequence[_Planted], frames: int, rng: np.random.Generator) -> list[tuple[int, _Planted]]:
         """Places one after the other, uniform among all with the gaps between them; what does not fit is left out."""
-        lengths = [len(self.bank.get(number)) for number in chosen]
+        lengths = [len(self.bank.get(*planted)) for planted in chosen]
         needed = np.cumsum([length + self.min_gap for length in lengths]) - self.min_gap
         fits = int(np.searchsorted(needed, frames, side="right"))
         if fits < len(chosen) and self.rate / 60 * (np.mean(lengths) + self.min_gap) > self.sample_rate:
@@ -364,19 +330,19 @@ class Composer:
             return []
         free = np.sort(rng.integers(0, frames - int(needed[fits - 1]) + 1, fits))
         before = np.concatenate(([0], np.cumsum([length + self.min_gap for length in lengths[: fits - 1]]))).astype(int)
-        return [(int(a + b), number) for a, b, number in zip(free, before, chosen, strict=False)]
+        return [(int(a + b), planted) for a, b, planted in zip(free, before, chosen, strict=False)]
 
-    def _scatter(self, chosen: Sequence[int], frames: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    def _scatter(self, chosen: Sequence[_Planted], frames: int, rng: np.random.Generator) -> list[tuple[int, _Planted]]:
         """Places that may overlap, but for clips of one label; one that finds no place in 100 tries is left out."""
         taken: dict[str, list[tuple[int, int]]] = {}
         placed = []
-        for number in chosen:
-            own, length = taken.setdefault(self.bank.clips[number].label, []), len(self.bank.get(number))
+        for planted in chosen:
+            own, length = taken.setdefault(self.bank.clips[planted.clip].label, []), len(self.bank.get(*planted))
             for start in rng.integers(0, frames - length + 1, 100).tolist():
                 stop = start + length
                 if all(stop + self.min_gap <= a or b + self.min_gap <= start for a, b in own):
                     own.append((start, stop))
-                    placed.append((start, number))
+                    placed.append((start, planted))
                     break
         return sorted(placed)
 
@@ -419,8 +385,9 @@ def _energy(samples: np.ndarray) -> float:
 
 def _stacked(events: Sequence[Event], bank: SoundBank) -> float:
     """The most that the peaks of events which sound at once add up to."""
-    changes = [(event.start, event.gain * float(np.abs(bank.get(event.clip)).max())) for event in events]
-    changes += [(event.stop, -event.gain * float(np.abs(bank.get(event.clip)).max())) for event in events]
+    peaks = [event.gain * float(np.abs(bank.get(event.clip, event.speed)).max()) for event in events]
+    changes = [(event.start, peak) for event, peak in zip(events, peaks, strict=True)]
+    changes += [(event.stop, -peak) for event, peak in zip(events, peaks, strict=True)]
     total = highest = 0.0
     for _, change in sorted(changes):
         total += change

@@ -46,7 +46,8 @@ class AudioEventData(L.LightningDataModule):
     Of composed ones: clips: "digits" in the folder `path` by `protocol` of `digit_clips`, "prompts" with the kind of a
     prompt as its label, or "folder" whose sub-folders are labels. backgrounds: a folder of long recordings, cut in time
     by background_parts. snr_db: from which the SNR of each event is drawn; test_snr_db: those of the test, a condition
-    each, with the same events in the same places. events_per_minute, min_gap, level_db: see `Composer`.
+    each, with the same events in the same places. events_per_minute, min_gap, level_db: see `Composer`. train_speed:
+    two numbers between which the speed of a training clip is drawn, so that there are more voices.
     overlap: whether events may overlap; false with spans: overlapping ones are refused. val_recordings, val_minutes,
     test_recordings, test_minutes: composed anew for each `split_seed`, not for `seed`.
     window: seconds of a training window; each is drawn once from (seed, number). steps: batches in an epoch.
@@ -71,6 +72,7 @@ class AudioEventData(L.LightningDataModule):
         events_per_minute: float = 12.0,
         min_gap: float = 0.2,
         level_db: Sequence[float] = (-42.0, -30.0),
+        train_speed: float | Sequence[float] = 1.0,
         overlap: bool = False,
         val_recordings: int = 4,
         val_minutes: float = 2.0,
@@ -104,7 +106,7 @@ class AudioEventData(L.LightningDataModule):
             raise UserError("data.test_snr_db is empty: give the SNRs of the test in dB, such as [20, 10, 0]")
         self.source, self.path, self.clips, self.protocol = source, path, clips, protocol
         self.backgrounds, self.background_parts, self.columns = backgrounds, background_parts, columns
-        self.sample_rate, self.overlap, self.window = sample_rate, overlap, float(window)
+        self.sample_rate, self.overlap, self.window, self.train_speed = sample_rate, overlap, float(window), train_speed
         self.test_snr_db = [float(snr) for snr in test_snr_db]
         self.composing: dict[str, Any] = {
             "snr_db": snr_db,
@@ -182,6 +184,7 @@ class AudioEventData(L.LightningDataModule):
             backgrounds,
             sample_rate=self.sample_rate,
             overlap=self.overlap,
+            speed=self.train_speed if split == "train" else 1.0,
             bad=self.bad if split == "train" else None,
             **self.composing,
         )

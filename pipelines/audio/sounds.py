@@ -1,0 +1,72 @@
+"""Clips as they are planted into recordings: without the quiet at their ends, at another speed, kept in memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from .clips import Clip, read_clip
+from .faults import AudioError
+
+TRIM_DB = 30.0
+TRIM_FRAME = 0.01  # seconds
+EDGE = 0.005  # seconds over which a clip comes in and goes out, so that its edges do not click
+_KEPT_SOUNDS = 4096
+
+
+def trim_silence(samples: np.ndarray, rate: int, *, down_db: float = TRIM_DB) -> np.ndarray:
+    """A clip (T,) without the quiet at its ends: from the first to the last frame of 10 ms whose mean square is at most
+    `down_db` below that of the loudest frame. The rest of a last frame counts as one; silence alone stays as it is."""
+    size = max(1, round(TRIM_FRAME * rate))
+    starts = np.arange(0, len(samples), size)
+    square = samples.astype(np.float64) ** 2
+    level = np.add.reduceat(square, starts) / np.diff(np.append(starts, len(samples)))
+    loud = np.flatnonzero(level >= level.max() * 10 ** (-down_db / 10))
+    return samples[loud[0] * size : (loud[-1] + 1) * size] if level.max() > 0 else samples
+
+
+def at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
+    """A clip (T,) played at another speed, round(T / speed) samples: 2 is twice as fast and an octave higher."""
+    if speed == 1:
+        return samples
+    import soxr
+
+    return np.asarray(soxr.resample(samples, speed, 1.0, quality="HQ"), np.float32)
+
+
+class SoundBank:
+    """The clips as they are planted: one channel at `sample_rate`, at another speed where asked for (pitch and length
+    change together), trimmed by `trim_silence`, 5 ms of fade at the ends.
+
+    The ones used last are kept in memory. `get` raises AudioError for a bad file.
+    """
+
+    def __init__(self, clips: Sequence[Clip], sample_rate: int, *, trim_db: float = TRIM_DB) -> None:
+        self.clips, self.sample_rate, self.trim_db = list(clips), sample_rate, trim_db
+        self._kept: OrderedDict[tuple[int, float], np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def get(self, number: int, speed: float = 1.0) -> np.ndarray:
+        """float32 (T,), not to be changed."""
+        key = (number, speed)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        clip = self.clips[number]
+        sound = at_speed(read_clip(clip, sample_rate=self.sample_rate), speed)
+        sound = trim_silence(sound, self.sample_rate, down_db=self.trim_db)
+        if not np.any(sound):
+            raise AudioError(f"{clip.where or clip.name} is silent: nothing of it can be planted", "empty")
+        edge = min(round(EDGE * self.sample_rate), len(sound) // 2)
+        ramp = (np.arange(edge, dtype=np.float32) + 1) / (edge + 1)
+        sound = sound.copy()
+        sound[:edge] *= ramp
+        sound[len(sound) - edge :] *= ramp[::-1]
+        self._kept[key] = sound
+        if len(self._kept) > _KEPT_SOUNDS:
+            self._kept.popitem(last=False)
+        return sound
