@@ -89,12 +89,14 @@ def plot_recording(
         )
         top.grid(False)
         top.set_ylabel("mel band")
-        for start, stop, label, _ in found:
-            colour = OTHERS[label % len(OTHERS)]
-            top.axvspan(start / scale, stop / scale, ymin=0.93, color=colour, linewidth=0)
-            if len(found) <= 60:
-                top.text((start + stop) / 2 / scale, 0.9 * levels.shape[0], labels[label], color="white", fontsize=7,
-                         ha="center", va="top")  # fmt: skip
+        written = -end
+        for start, stop, label, _ in sorted(found):
+            top.axvspan(start / scale, stop / scale, ymin=0.93, color=OTHERS[label % len(OTHERS)], linewidth=0)
+            centre = (start + stop) / 2 / scale
+            if centre - written > end / 60:  # names that would cover each other are below
+                style = {"color": "white", "fontsize": 7, "ha": "center", "va": "top"}
+                top.text(centre, 0.9 * levels.shape[0], labels[label][:10], **style)
+                written = centre
         thin = end / 1500  # narrower would not be seen
         for label in range(len(labels)):
             own = [(start / scale, max((stop - start) / scale, thin)) for start, stop, k, _ in found if k == label]

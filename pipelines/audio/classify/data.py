@@ -33,19 +33,13 @@ class ClipBatches(Dataset[Any]):
 
     samples: float32 (B, T), one channel, 0 behind the end. lengths: int64 (B,). labels: int64 (B,), -1 where there is
     none. clip: int64 (B,), their numbers. bad: what cannot be read is counted there and the next clip that can be taken
-    in its place; None: it is an error. max_seconds: of a clip, what lies behind is left out.
+    in its place; None: it is an error.
     """
 
     def __init__(
-        self,
-        clips: Sequence[Clip],
-        labels: Sequence[str],
-        *,
-        sample_rate: int,
-        max_seconds: float | None = None,
-        bad: BadFiles | None = None,
+        self, clips: Sequence[Clip], labels: Sequence[str], *, sample_rate: int, bad: BadFiles | None = None
     ) -> None:
-        self.clips, self.sample_rate, self.max_seconds, self.bad = list(clips), sample_rate, max_seconds, bad
+        self.clips, self.sample_rate, self.bad = list(clips), sample_rate, bad
         number = {label: place for place, label in enumerate(labels)}
         self.labels = np.array([number.get(clip.label, -1) for clip in self.clips], dtype=np.int64)
 
@@ -68,21 +62,13 @@ class ClipBatches(Dataset[Any]):
 
     def _read(self, row: int) -> tuple[int, np.ndarray]:
         for place in (*range(row, len(self.clips)), *range(row)):
-            clip = self._part(self.clips[place])
+            clip = self.clips[place]
             if self.bad is None:
                 return place, read_clip(clip, sample_rate=self.sample_rate)
             samples = read_or_skip(clip, self.bad, sample_rate=self.sample_rate)
             if samples is not None:
                 return place, samples
         raise UserError("no training clip can be read")
-
-    def _part(self, clip: Clip) -> Clip:
-        """The first max_seconds of a clip."""
-        if self.max_seconds is None:
-            return clip
-        if clip.end is not None and clip.end - clip.start <= self.max_seconds:
-            return clip
-        return clip._replace(end=clip.start + self.max_seconds)
 
 
 class AudioClipData(L.LightningDataModule):
@@ -179,7 +165,13 @@ class AudioClipData(L.LightningDataModule):
                 raise UserError(f"no training clip that can be read has the label {clip.label!r}, {clip.name} has it")
         if self.limit is not None:
             sets["train"] = sets["train"][: self.limit]
-        self.sets = sets
+        for stage, clips in sets.items():
+            self.sets[stage], longer = cut(clips, self.max_seconds)
+            if longer:
+                self.notes.append(
+                    f"{stage}: {longer:,} of {len(clips):,} clips are longer than data.max_seconds="
+                    f"{self.max_seconds:g} and are cut"
+                )
 
     def prepare_data(self) -> None:
         self.load()
@@ -238,7 +230,7 @@ class AudioClipData(L.LightningDataModule):
 
     def batches(self, clips: Sequence[Clip], bad: BadFiles | None = None) -> ClipBatches:
         """The dataset of clips."""
-        return ClipBatches(clips, self.labels, sample_rate=self.sample_rate, max_seconds=self.max_seconds, bad=bad)
+        return ClipBatches(clips, self.labels, sample_rate=self.sample_rate, bad=bad)
 
     def train_dataloader(self) -> DataLoader[Any]:
         clips = self.sets["train"]
@@ -300,6 +292,17 @@ def own_clips(path: str | Path, pattern: str | None, columns: Mapping[str, str |
     if file.suffix.lower() in TABLES or file.is_file():
         return table_clips(file, columns)
     return folder_clips(file)
+
+
+def cut(clips: Sequence[Clip], max_seconds: float | None) -> tuple[list[Clip], int]:
+    """At most the first max_seconds of each clip, and how many were longer."""
+    if max_seconds is None:
+        return list(clips), 0
+    longer = durations(clips) > max_seconds
+    shorter = [
+        clip._replace(end=clip.start + max_seconds) if long else clip for clip, long in zip(clips, longer, strict=True)
+    ]
+    return shorter, int(longer.sum())
 
 
 def durations(clips: Sequence[Clip]) -> np.ndarray:

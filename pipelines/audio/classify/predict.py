@@ -11,7 +11,7 @@ from ...labelled_tables import TABLES
 from ..clips import Clip
 from ..skipping import checked_clips
 from ..sources import audio_files, recordings_in
-from .data import AudioClipData, own_clips
+from .data import AudioClipData, cut, own_clips
 from .module import AudioClipModule
 
 
@@ -23,7 +23,10 @@ def classify(trainer: Any, module: AudioClipModule, data: AudioClipData) -> list
     """
     schema = module.schema
     data.sample_rate, data.max_seconds = schema["sample_rate"], schema["max_seconds"]
-    clips, known = _clips(data)
+    found_clips, known = _clips(data)
+    clips, longer = cut(found_clips, schema["max_seconds"])
+    if longer:
+        print(f"{longer:,} clip(s) are cut at {schema['max_seconds']:g} seconds, as in training", flush=True)
     data.labels = list(schema["labels"])
     found = trainer.predict(module, dataloaders=data.evaluation(clips), return_predictions=True)
     names = [clip.name + (f" {clip.start:g}-{clip.end:g}" if clip.start else "") for clip in clips]
