@@ -11,19 +11,21 @@ from torch import Tensor
 
 from ...blocks.layers.front_ends import StackedFrames
 from ..errors import UserError, nearest
-from .augment import add_noise, mix_clips, random_gain, random_shift, spec_augment
+from .augment import add_noise, mix_clips, random_gain, random_shift, random_speed, spec_augment
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """gain_db: louder or softer by up to so much. shift_seconds: earlier or later by up to so much. noise_snr_db:
-    [lowest, highest] signal-to-noise ratio of white noise, None for none; noise_share: of the recordings that get it.
-    mixup: alpha of `mix_clips`, 0 for none. time_masks, max_time_seconds, freq_masks, max_freq_share: of
-    `spec_augment`; a mask covers at most half of a recording.
+    """speed: faster or slower by up to so much, 0.1 is from 1 / 1.1 to 1.1. gain_db: louder or softer by up to so much.
+    shift_seconds: earlier or later by up to so much. noise_snr_db: [lowest, highest] signal-to-noise ratio of white
+    noise, None for none; noise_share: of the recordings that get it. mixup: alpha of `mix_clips`, 0 for none.
+    time_masks, max_time_seconds, freq_masks, max_freq_share: of `spec_augment`; a mask covers at most half of a
+    recording.
 
     Raises UserError for values outside these.
     """
 
+    speed: float = 0.0
     gain_db: float = 0.0
     shift_seconds: float = 0.0
     noise_snr_db: tuple[float, float] | None = None
@@ -52,6 +54,13 @@ class Augmentation:
             if given.get(key, 0) > 1:
                 raise UserError(f"task.augment.{key}={given[key]} must be from 0 to 1")
         return cls(**given)
+
+    def faster(self, samples: Tensor, lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Recordings (B, T) and their lengths at other speeds; what is labelled in time is not then."""
+        if not self.speed:
+            return samples, lengths
+        most = 1 + self.speed
+        return random_speed(samples, generator=generator, low=1 / most, high=most, lengths=lengths)
 
     def samples(
         self, samples: Tensor, lengths: Tensor, sample_rate: int, generator: torch.Generator

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from seqzoo.pipelines.audio.augment import add_noise, fit_length, mix_clips, random_gain, random_shift, spec_augment
+from seqzoo.pipelines.audio.augment import (
+    add_noise,
+    fit_length,
+    mix_clips,
+    random_gain,
+    random_shift,
+    random_speed,
+    spec_augment,
+)
 from seqzoo.pipelines.errors import UserError
 
 LENGTHS = torch.tensor([40, 25, 1, 0])
@@ -230,3 +238,31 @@ def test_noise_of_any_length_fits():
 def test_refusals(call, message):
     with pytest.raises(UserError, match=message):
         call(torch.zeros(4, 40))
+
+
+def test_speed_plays_a_tone_faster_with_its_pitch():
+    """x(v t) of a sine is a sine of v times its frequency; v follows from the new length to one part in thousands."""
+    time = torch.arange(8000, dtype=torch.float64) / 8000
+    samples = torch.sin(2 * torch.pi * 300 * time).repeat(4, 1)
+    lengths = torch.tensor([8000, 5000, 1, 0])
+    heard, own = random_speed(samples, generator=seeded(), low=0.8, high=1.25, lengths=lengths)
+    assert heard.shape == (4, int(own.max())) and own[2:].tolist() == [1, 0]
+    for row in range(2):
+        number, length = int(own[row]), int(lengths[row])
+        slow, fast = (length - 1) / number, (length - 1) / (number - 1)  # floor((n - 1) / v) + 1 = number
+        place = torch.arange(50, dtype=torch.float64) / 8000
+        error = min(
+            float((heard[row, :50] - torch.sin(2 * torch.pi * 300 * v * place)).abs().max())
+            for v in torch.linspace(slow, fast, 200).tolist()
+        )
+        assert 0.8 <= slow and fast <= 1.2501 and error < 5e-3 and not heard[row, number:].any()
+    assert own[0] / 8000 != pytest.approx(float(own[1] / 5000), abs=1e-3)  # each row its own
+
+
+def test_speed_one_changes_nothing_and_others_are_refused():
+    samples = torch.randn(2, 100, dtype=torch.float64)
+    heard, own = random_speed(samples, generator=seeded(), low=1.0, high=1.0)
+    assert own.tolist() == [100, 100]
+    torch.testing.assert_close(heard, samples, atol=1e-12, rtol=0)
+    with pytest.raises(UserError, match="low=1.2 and high=1.1"):
+        random_speed(samples, generator=seeded(), low=1.2, high=1.1)

@@ -60,9 +60,9 @@ class AudioClipModule(ClassificationModule):
         return self.net(batch["samples"], batch["lengths"])
 
     def training_output(self, batch: Batch) -> tuple[AudioOutput, Tensor]:
-        lengths = batch["lengths"]
         generator = step_generator(int(self.task.get("seed", 0)), self.global_step, self.global_rank)
-        samples, _ = self.augment.samples(batch["samples"], lengths, self.schema["sample_rate"], generator)
+        samples, lengths = self.augment.faster(batch["samples"], batch["lengths"], generator)
+        samples, _ = self.augment.samples(samples, lengths, self.schema["sample_rate"], generator)
         targets = F.one_hot(batch["labels"], len(self.schema["labels"])).float()
         samples, targets = self.augment.mixed(samples, targets, lengths, generator)
         front = self.net.encoder.features(samples, lengths)
