@@ -30,8 +30,9 @@ def search(
     """A record for each query and recording, the best recording first: query, rank, recording, score, and start and end
     of the clip that fits best, in seconds.
 
-    data: its `path` names a recording, a folder of recordings or a table of pairs; prompts and datasets give their test
-    recordings. window_seconds: longer recordings are read in pieces of about this length, each heard by itself.
+    data: its `path` names a recording, a folder of recordings or a table of pairs; prompts without a path and datasets
+    give their test recordings. window_seconds: longer recordings are read in pieces of about this length, each heard by
+    itself.
     """
     data.sample_rate = module.schema["sample_rate"]
     texts = encode_texts(queries, path=data.text_encoder)
@@ -116,7 +117,7 @@ def _best_clip(module: AudioTextModule, clips: Tensor, text: Tensor, words: Tens
 
 
 def _recordings(data: AudioPairData) -> list[Clip]:
-    if data.source != "pairs":
+    if data.source == "hub" or (data.source == "prompts" and data.path is None):
         data.setup("test")
         return data.sets["test"]
     if data.path is None:
