@@ -46,8 +46,9 @@ class AudioEventData(L.LightningDataModule):
     Of composed ones: clips: "digits" in the folder `path` by `protocol` of `digit_clips`, "prompts" with the kind of a
     prompt as its label, or "folder" whose sub-folders are labels. backgrounds: a folder of long recordings, cut in time
     by background_parts. snr_db: from which the SNR of each event is drawn; test_snr_db: those of the test, a condition
-    each, with the same events in the same places. events_per_minute, min_gap, level_db: see `Composer`. train_speed:
-    two numbers between which the speed of a training clip is drawn, so that there are more voices.
+    each, with the same events in the same places. events_per_minute, min_gap, level_db: see `Composer`.
+    train_events_per_minute: in training windows, None: the same. train_speed: two numbers between which the speed of a
+    training clip is drawn, so that there are more voices.
     overlap: whether events may overlap; false with spans: overlapping ones are refused. val_recordings, val_minutes,
     test_recordings, test_minutes: composed anew for each `split_seed`, not for `seed`.
     window: seconds of a training window; each is drawn once from (seed, number). steps: batches in an epoch.
@@ -70,6 +71,7 @@ class AudioEventData(L.LightningDataModule):
         snr_db: float | Sequence[float] = (0.0, 20.0),
         test_snr_db: Sequence[float] = (20.0, 10.0, 0.0),
         events_per_minute: float = 12.0,
+        train_events_per_minute: float | None = None,
         min_gap: float = 0.2,
         level_db: Sequence[float] = (-42.0, -30.0),
         train_speed: float | Sequence[float] = 1.0,
@@ -106,7 +108,7 @@ class AudioEventData(L.LightningDataModule):
             raise UserError("data.test_snr_db is empty: give the SNRs of the test in dB, such as [20, 10, 0]")
         self.source, self.path, self.clips, self.protocol = source, path, clips, protocol
         self.backgrounds, self.background_parts, self.columns = backgrounds, background_parts, columns
-        self.sample_rate, self.overlap, self.window, self.train_speed = sample_rate, overlap, float(window), train_speed
+        self.sample_rate, self.overlap, self.window = sample_rate, overlap, float(window)
         self.test_snr_db = [float(snr) for snr in test_snr_db]
         self.composing: dict[str, Any] = {
             "snr_db": snr_db,
@@ -114,6 +116,9 @@ class AudioEventData(L.LightningDataModule):
             "min_gap": min_gap,
             "level_db": level_db,
         }
+        self.training: dict[str, Any] = {"speed": train_speed}
+        if train_events_per_minute is not None:
+            self.training["events_per_minute"] = train_events_per_minute
         self.number = {"val": val_recordings, "test": test_recordings}
         self.minutes = {"val": val_minutes, "test": test_minutes}
         self.batch_size, self.steps, self.num_workers = batch_size, steps, num_workers
@@ -168,11 +173,11 @@ class AudioEventData(L.LightningDataModule):
             self.notes.append(f"{split}: {len(sizes[split]):,} clips{who}; {seconds[split]:.0f} s of background")
         self.recordings = {"val": list(self._planned("val")), "test": list(self._planned("test"))}
         shares = self.composers["train"].active_share()
-        per_second = self.composing["events_per_minute"] / 60
+        per_second, trained = self.composing["events_per_minute"] / 60, self.composers["train"].rate / 60
         self._facts = {
             "active": [shares[label] for label in self.labels],
             "per_second": [per_second / len(self.labels)] * len(self.labels),
-            "event_seconds": sum(shares.values()) / per_second if per_second else 0.0,
+            "event_seconds": sum(shares.values()) / trained if trained else 0.0,
         }
 
     def _composer(self, split: str, clips: Sequence[Clip], backgrounds: Sequence[Background]) -> Composer:
@@ -184,9 +189,8 @@ class AudioEventData(L.LightningDataModule):
             backgrounds,
             sample_rate=self.sample_rate,
             overlap=self.overlap,
-            speed=self.train_speed if split == "train" else 1.0,
             bad=self.bad if split == "train" else None,
-            **self.composing,
+            **{**self.composing, **(self.training if split == "train" else {})},
         )
 
     def _planned(self, split: str) -> Iterator[ComposedRecording]:
