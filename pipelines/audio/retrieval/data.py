@@ -89,8 +89,8 @@ class PairBatches(ClipBatches):
         if self.join == 1:
             return [[int(row)] for row in index]
         random = np.random.default_rng([self.seed, *index.tolist()])
-        others = random.integers(1, self.join + 1) - 1
-        return [[int(row), *random.integers(len(self), size=others).tolist()] for row in index]
+        others, last = random.integers(self.join), len(self) - 1
+        return [[int(row), *((row + 1 + random.integers(last, size=others)) % len(self)).tolist()] for row in index]
 
     def _joined(self, row: Sequence[int]) -> tuple[list[int], np.ndarray]:
         """The recordings that are within max_seconds together, at least the first, and their samples."""
