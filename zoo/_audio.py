@@ -150,9 +150,7 @@ class AudioEncoder(nn.Module):
             return "a mixer has no state"
         return "the norm of the front end takes statistics of whole recordings"
 
-    def _encode(
-        self, features: Tensor, lengths: Tensor, state: AudioState | None, start: Tensor | int
-    ) -> AudioOutput:
+    def _encode(self, features: Tensor, lengths: Tensor, state: AudioState | None, start: Tensor | int) -> AudioOutput:
         x = self.drop(self.proj(features.to(self.proj.weight.dtype)))
         mask = None
         if bool((lengths < x.shape[1]).any()):

@@ -211,11 +211,11 @@ def _family(family: str, what: str, task: str, paper: str, cls: type[_AudioModel
     sizes = {
         size: (
             f"{what}, any mixer (`mixer`), {shape}.",
-            {**options, "mixer": {"name": "softmax", "num_heads": _HEADS[size], "position": "rope"}},
+            {**options, "mixer": {"name": "softmax", "num_heads": _HEADS[size]}},
         )
         for size, (shape, options) in _SIZES.items()
     }
-    shared: dict[str, Any] = {"paper": paper, "mlp_ratio": 2.0, "front_end": _FRONT}
+    shared: dict[str, Any] = {"paper": paper, "mlp_ratio": 2.0, "position": "sinusoidal", "front_end": _FRONT}
     register_sizes(family, cls, sizes, module=__name__, task=task, **shared)
 
 

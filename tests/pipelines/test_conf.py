@@ -52,15 +52,30 @@ NEEDED = {
     ("data", "csv"): ["data.path=sales.csv"],
     ("data", "text"): ["data.path=books"],
     **{("data", name): ["data.path=labels"] for name in ("labelled", "lra_text", "lra_retrieval", "lra_image")},
+    **{("data", name): ["data.path=talks.csv"] for name in ("audio_clips", "audio_spans", "audio_pairs")},
     ("mixer", "custom"): ["mixer._target_=a.B"],
 }
 # Experiments of the user's own files.
 NEEDED |= {
     ("experiment", name): ["data.path=labels"]
     for name in EXPERIMENTS
-    if name == "documents/labelled" or name.startswith(("lra/text", "lra/retrieval", "lra/image"))
+    if name in ("documents/labelled", "audio/classify", "audio/spans")
+    or name.startswith(("lra/text", "lra/retrieval", "lra/image"))
 }
 TEXT_DATA = ("stdlib", "text")
+# The task that reads a file of the group data, and arguments which that file has no use for.
+CLIPS = {"hub_split", "prompts_folder"}
+COMPOSED = {"clips", "protocol", "backgrounds", "background_parts", "snr_db", "test_snr_db", "events_per_minute"}
+COMPOSED |= {"train_events_per_minute", "min_gap", "level_db", "train_speed", "val_recordings", "val_minutes"}
+COMPOSED |= {"test_recordings", "test_minutes"}
+AUDIO_DATA: dict[str, tuple[str, set[str]]] = {
+    "audio_clips": ("audio_classify", {"protocol", *CLIPS}),
+    "digits": ("audio_classify", {"pattern", *CLIPS}),
+    "audio_pairs": ("audio_retrieval", set()),
+    "audio_prompts": ("audio_retrieval", {"hub_split"}),
+    "composed": ("audio_events", {"columns"}),
+    "audio_spans": ("audio_events", COMPOSED),
+}
 # One class reads the user's documents and generates those of Long Range Arena; a file has the keys of its source.
 COLUMNS = {"text_column", "file_column", "label_column", "split_column", "split_ratio", "tokenizer"}
 
@@ -133,6 +148,12 @@ def test_model_files_state_the_options_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", GROUPS["data"])
 def test_data_files_state_the_arguments_of_the_data(name: str) -> None:
     own = set(yaml.safe_load(option_file("data", name).read_text()))
+    if name in AUDIO_DATA:
+        task, spare = AUDIO_DATA[name]
+        known = set(inspect.signature(task_package(task).Data.__init__).parameters) - {"self", "seed"}
+        columns = {key for key in known if key.endswith("_column")}
+        assert own == known - spare - (set() if name in ("audio_clips", "audio_pairs") else columns)
+        return
     if "source" in own:
         known = set(inspect.signature(task_package("documents").Data.__init__).parameters) - {"self", "seed"}
         settings = set() if name in ("labelled", "lra_retrieval") else {"settings"}

@@ -1,0 +1,134 @@
+"""How fast and in how much memory `lightning predict experiment=audio/find` hears ten minutes and an hour.
+
+    python benchmarks/audio_stream.py [--minutes 10 60] [--threads 1 2] [--folder DIR]
+
+SEQZOO_DATA is the folder of fsdd and audio_long: spoken digits are planted into the recordings at 16 kHz, so that the
+hour is resampled to the 8 kHz of the model, written as WAV. The detector is the one that experiment=audio/find builds
+(audio_detector_small), after one training step: what it finds costs the same. Two ways: softmax in windows, which is
+the default, and causal Mamba-2 with its state. Each run is a process of its own; its time is that of hearing alone
+(what predict prints) and of the whole command, its memory the largest resident set. Writes
+benchmarks/results/audio_stream.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _measure import hardware
+from _runs import RESULTS, earlier_rows, write_result
+
+from seqzoo.pipelines.audio.backgrounds import cut_backgrounds
+from seqzoo.pipelines.audio.composer import compose_recording
+from seqzoo.pipelines.audio.known import digit_clips
+from seqzoo.pipelines.results import print_table
+
+WAYS: dict[str, list[str]] = {
+    "softmax, windows": [],
+    "mamba2, causal, state": ["mixer=mamba2", "mixer.head_dim=32", "mixer.d_state=64", "model.causal=true"],
+}
+SOURCE_RATE = 16000
+
+
+def data_folder() -> Path:
+    """The folder of fsdd and audio_long; exits with a message when they are not there."""
+    folder = Path(os.environ.get("SEQZOO_DATA", "data")).resolve()
+    for name in ("fsdd", "audio_long"):
+        if not (folder / name).is_dir():
+            sys.exit(f"no folder {name} in {folder}; set SEQZOO_DATA to the folder that holds it")
+    return folder
+
+
+def command(name: str, *overrides: str, threads: int = 1) -> tuple[float, float]:
+    """Wall seconds and the largest resident set in MiB of `lightning <name>` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}
+    given = [sys.executable, "-m", "seqzoo", name, "experiment=audio/find", *overrides]
+    with tempfile.TemporaryFile("w+") as log:
+        begin = time.perf_counter()
+        process = subprocess.Popen(given, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        if status:
+            log.seek(0)
+            sys.exit(f"{' '.join(given)}\n{log.read()}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def trained(way: str, folder: Path) -> Path:
+    """A checkpoint after one step."""
+    run = folder / way.replace(", ", "_").replace(" ", "_")
+    path = run / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        short = ["trainer.max_epochs=1", "data.steps=1", "data.val_recordings=1", "data.val_minutes=0.5"]
+        command("fit", *WAYS[way], *short, "test_after_fit=false", f"hydra.run.dir='{run}'")
+    return path
+
+
+def recording(minutes: float, folder: Path, data: Path) -> Path:
+    """A WAV file of 16 kHz with digits in it."""
+    path = folder / f"{minutes:g}_minutes.wav"
+    if not path.is_file():
+        parts = cut_backgrounds(data / "audio_long", SOURCE_RATE, (1.0, 0.0, 0.0))
+        compose_recording(path, digit_clips(data / "fsdd"), parts["train"], minutes=minutes, sample_rate=SOURCE_RATE)
+    return path
+
+
+def measured(way: str, minutes: float, threads: int, folder: Path, data: Path) -> dict[str, Any]:
+    run = folder / "predict"
+    seconds, memory = command(
+        "predict",
+        f"ckpt_path={trained(way, folder)}",
+        f"data.path={recording(minutes, folder, data)}",
+        f"hydra.run.dir='{run}'",
+        threads=threads,
+    )
+    found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    return {
+        "model": way,
+        "minutes": minutes,
+        "threads": threads,
+        "times real time": found["times_real_time"],
+        "whole command, s": seconds,
+        "peak MiB": memory,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[10, 60])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--folder", type=Path, help="where recordings and runs are kept; default: a temporary one")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    data = data_folder()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"sample_rate": SOURCE_RATE, "processor": hardware(torch.device("cpu"))}
+        rows = {(row["model"], row["minutes"], row["threads"]): row for row in earlier_rows("audio_stream", settings)}
+        for way in given.models:
+            for threads in given.threads:
+                for minutes in given.minutes:
+                    row = measured(way, minutes, threads, folder, data)
+                    rows[way, minutes, threads] = row
+                    print(row, flush=True)
+    found = list(rows.values())
+    for row in found:
+        shortest = min((other for other in found if other["model"] == row["model"]
+                        and other["threads"] == row["threads"]), key=lambda other: other["minutes"])  # fmt: skip
+        row["memory, of the shortest"] = row["peak MiB"] / shortest["peak MiB"]
+    print_table(found)
+    write_result("audio_stream", {"settings": settings, "rows": found}, given.out)
+
+
+if __name__ == "__main__":
+    main()
