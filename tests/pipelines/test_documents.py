@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from seqzoo.pipelines.class_scores import ConfusionSums, baselines
 from seqzoo.pipelines.documents.data import DocumentData
 from seqzoo.pipelines.documents.labelled import load_labelled, load_unlabelled, split_documents
 from seqzoo.pipelines.documents.lra.split import Split
-from seqzoo.pipelines.class_scores import ConfusionSums, baselines
 from seqzoo.pipelines.documents.sets import DocumentBatches, LabelledSet, from_split
-from seqzoo.pipelines.loading import BucketSampler
 from seqzoo.pipelines.errors import UserError
+from seqzoo.pipelines.loading import BucketSampler
 from seqzoo.pipelines.text.tokenizer import ByteTokenizer
 
 NONE: dict[str, str | None] = {"text": None, "file": None, "label": None, "split": None}

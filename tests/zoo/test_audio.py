@@ -1,5 +1,6 @@
 """Audio models: pads and other rows change nothing, pieces give the whole, stacks of frames, heads of words."""
 
+import itertools
 import math
 
 import pytest
@@ -61,7 +62,7 @@ def test_pieces_of_any_size_give_the_whole(mixer):
     with torch.no_grad():
         whole, parts = model(rows[:, :700], lengths), [[], []]
         state = model.init_state(2, dtype=torch.float64)
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in itertools.pairwise(cuts):
             own = (lengths - first).clamp(0, last - first)
             out = model(rows[:, first:last], own, state=state)
             state = out.state
@@ -110,7 +111,7 @@ def test_measured_features_have_mean_0_and_deviation_1():
 def test_time_encoding_starts_as_nothing_and_counts_from_start():
     plain, timed = small("detector"), small("detector", time_encoding={"frames_per_window": 2, "num_steps": 9})
     timed.load_state_dict(plain.state_dict(), strict=False)
-    rows, lengths = samples(700)
+    rows, _ = samples(700)
     assert torch.equal(plain(rows).y, timed(rows).y)
     torch.nn.init.normal_(timed.encoder.time_encoding.table)
     features = timed.encoder.features(rows)

@@ -94,7 +94,9 @@ class PairBatches(ClipBatches):
 
     def _joined(self, row: Sequence[int]) -> tuple[list[int], np.ndarray]:
         """The recordings that are within max_seconds together, at least the first, and their samples."""
-        parts, sounds, total = [], [], 0
+        parts: list[int] = []
+        sounds: list[np.ndarray] = []
+        total = 0
         for number in row:
             place, sound = self._read(number)
             if parts and total + len(sound) > self.most:
