@@ -89,9 +89,9 @@ class AudioEventData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, known in (("source", source, SOURCES), ("clips", clips, CLIPS)):
-            if value not in known:
-                raise UserError(f"data.{name}={value!r} is not a choice.{nearest(str(value), known)}")
+        for name, choice, known in (("source", source, SOURCES), ("clips", clips, CLIPS)):
+            if choice not in known:
+                raise UserError(f"data.{name}={choice!r} is not a choice.{nearest(str(choice), known)}")
         for name, value, least in (
             ("sample_rate", sample_rate, 1),
             ("val_recordings", val_recordings, 1),
@@ -142,6 +142,9 @@ class AudioEventData(L.LightningDataModule):
         training = checked_clips([clip for clip in clips if clip.split == "train"], self.bad)
         rest = checked_clips([clip for clip in clips if clip.split != "train"])
         self.labels = sorted({clip.label for clip in training})
+        for clip in rest:
+            if clip.label not in self.labels:
+                raise UserError(f"no training clip has the label {clip.label!r}, but {clip.where or clip.name} has it")
         if self.source == "composed":
             self._compose([*training, *rest])
         else:
@@ -225,8 +228,8 @@ class AudioEventData(L.LightningDataModule):
         active = np.zeros(len(self.labels))
         for recording in self.recordings["train"]:
             for label in range(len(self.labels)):
-                spans = union([(start, end) for start, end, own in recording.truth if own == label])
-                active[label] += sum(end - start for start, end in spans)
+                own = [(start, end) for start, end, number in recording.truth if number == label]
+                active[label] += sum(end - start for start, end in union(own))
         counts = np.bincount([label for _, _, label in events], minlength=len(self.labels))
         self._facts = {
             "active": (active / total).tolist(),
@@ -234,11 +237,11 @@ class AudioEventData(L.LightningDataModule):
             "event_seconds": float(np.mean([end - start for start, end, _ in events])),
         }
         for split in SPLITS:
-            own = self.recordings[split]
-            found = sum(len(recording.truth) for recording in own)
-            minutes = sum(recording.seconds for recording in own) / 60
-            self.notes.append(f"{split}: {found:,} events in {len(own):,} recordings of {minutes:.1f} minutes")
-            if not own and (split != "test" or self.tested):
+            here = self.recordings[split]
+            found = sum(len(recording.truth) for recording in here)
+            minutes = sum(recording.seconds for recording in here) / 60
+            self.notes.append(f"{split}: {found:,} events in {len(here):,} recordings of {minutes:.1f} minutes")
+            if not here and (split != "test" or self.tested):
                 raise UserError(
                     f"data.path={self.path}: no span for {split}, data.split_ratio={list(self.split_ratio)}"
                 )

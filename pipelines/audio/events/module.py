@@ -81,6 +81,7 @@ class AudioEventModule(TrainingModule):
 
     net: EventDetector
     threshold: Tensor
+    weights: Tensor
     loss_name = "nats per token and label"
 
     def __init__(

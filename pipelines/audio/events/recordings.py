@@ -48,7 +48,7 @@ class EventRecording:
 
 
 class ComposedRecording(EventRecording):
-    """A `Composition` with classes for its labels; labels not among `labels` are left out of the truth."""
+    """A `Composition` with classes for its labels, their places in `labels`."""
 
     def __init__(self, composition: Composition, labels: Sequence[str], condition: str = "") -> None:
         self.composition, self.condition = composition, condition
