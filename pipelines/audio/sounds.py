@@ -13,7 +13,7 @@ from .faults import AudioError
 TRIM_DB = 30.0
 TRIM_FRAME = 0.01  # seconds
 EDGE = 0.005  # seconds over which a clip comes in and goes out, so that its edges do not click
-_KEPT_SOUNDS = 4096
+_KEPT = 1 << 25  # samples in memory, 128 MiB
 
 
 def trim_silence(samples: np.ndarray, rate: int, *, down_db: float = TRIM_DB) -> np.ndarray:
@@ -46,6 +46,7 @@ class SoundBank:
     def __init__(self, clips: Sequence[Clip], sample_rate: int, *, trim_db: float = TRIM_DB) -> None:
         self.clips, self.sample_rate, self.trim_db = list(clips), sample_rate, trim_db
         self._kept: OrderedDict[tuple[int, float], np.ndarray] = OrderedDict()
+        self._size = 0
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -67,6 +68,7 @@ class SoundBank:
         sound[:edge] *= ramp
         sound[len(sound) - edge :] *= ramp[::-1]
         self._kept[key] = sound
-        if len(self._kept) > _KEPT_SOUNDS:
-            self._kept.popitem(last=False)
+        self._size += len(sound)
+        while self._size > _KEPT and len(self._kept) > 1:
+            self._size -= len(self._kept.popitem(last=False)[1])
         return sound
