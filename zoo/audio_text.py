@@ -148,7 +148,7 @@ _FRONT = {"name": "log_mel", "stack": 4, "norm": "fixed"}
 
 
 def _options(dim: int, depth: int) -> dict[str, Any]:
-    return {"dim": dim, "depth": depth, "mixer": {"name": "softmax", "num_heads": 4, "position": "rope"}}
+    return {"dim": dim, "depth": depth, "mixer": {"name": "softmax", "num_heads": 4}}
 
 
 register_sizes(
@@ -165,5 +165,6 @@ register_sizes(
     task="audio_retrieval",
     paper="arXiv:2410.02271",
     mlp_ratio=2.0,
+    position="sinusoidal",
     front_end=_FRONT,
 )

@@ -138,6 +138,22 @@ def test_tiles_give_the_same_and_hold_less():
     assert sizes[0] <= sizes[1] <= max(1000, batch * texts * words)
 
 
+def test_what_is_kept_for_the_backward_pass_grows_without_the_clips():
+    def kept(clips: int) -> int:
+        x = example(8, clips, 8, 16, dim=4)
+        storages = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: storages.setdefault(saved.untyped_storage().data_ptr(), saved), lambda saved: saved
+        )
+        x["clips"].requires_grad_()
+        with hooks:
+            clip_text_scores(**x, scores=["token"], tile=500)
+        return sum(saved.untyped_storage().nbytes() for saved in storages.values()) // 8
+
+    # what grows are the clips themselves, once as they are and once of length 1
+    assert kept(40) - kept(10) <= 2 * 8 * 30 * 4 + 8 * 30
+
+
 def test_gradients_of_the_scores():
     x = example(batch=2, clips=3, texts=2, words=2, dim=3)
     masks = {name: x[name] for name in ("clip_mask", "token_mask")}
