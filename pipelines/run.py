@@ -107,11 +107,7 @@ def _best_path(trainer: L.Trainer) -> str | None:
 
 
 def _evaluate(task: Any, command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    if not cfg.get("ckpt_path"):
-        raise UserError(
-            f"{command} needs a checkpoint: give ckpt_path=<file>, or ckpt_path=last or best for the newest run"
-        )
-    path = find_checkpoint(cfg["ckpt_path"], cfg, run_dir)
+    path = _checkpoint_of(command, cfg, run_dir)
     module = task.load_module(load_checkpoint(path), path, cfg)
     trainer = build_trainer(cfg, run_dir, fitting=False)
     if command == "predict":
@@ -128,6 +124,25 @@ def _evaluate(task: Any, command: str, cfg: dict[str, Any], run_dir: Path) -> di
     task.prepare_test(module, data)
     trainer.test(module, datamodule=data, verbose=False)
     return task.report(trainer, module, data, run_dir, cfg) if trainer.is_global_zero else {}
+
+
+def _checkpoint_of(command: str, cfg: dict[str, Any], run_dir: Path) -> Path:
+    """The checkpoint of a command that trains nothing; `predict` takes the best of the newest run of its name where none
+    is given, and says so."""
+    if cfg.get("ckpt_path"):
+        return find_checkpoint(cfg["ckpt_path"], cfg, run_dir)
+    choices = "give ckpt_path=<file>, or ckpt_path=last or best for the newest run"
+    if command != "predict":
+        raise UserError(f"{command} needs a checkpoint: {choices}")
+    try:
+        path = find_checkpoint("best", cfg, run_dir)
+    except UserError:
+        runs = cfg["paths"]["runs"]
+        raise UserError(
+            f"predict needs a checkpoint, and there is no run named {cfg['name']!r} under {runs}: fit one, or {choices}"
+        ) from None
+    print(f"checkpoint: {path}, the best of the newest run named {cfg['name']!r}", flush=True)
+    return path
 
 
 def find_checkpoint(choice: str, cfg: dict[str, Any], run_dir: Path) -> Path:

@@ -171,6 +171,17 @@ def test_predict_in_a_new_process(fitted, table, tmp_path):
     assert len(backtest) == 3 * 6 * 2 and backtest["y"].notna().all()
 
 
+def test_predict_takes_the_best_of_the_newest_run_of_its_name(fitted, table, capsys):
+    run_dir, _ = fitted
+    run("predict", run_dir.parent / "out", f"data.path={table}")
+    best = run_dir / "checkpoints" / "best.ckpt"
+    assert f"checkpoint: {best}, the best of the newest run named 'forecasting'" in capsys.readouterr().out
+    with pytest.raises(UserError, match="there is no run named 'sales' under"):
+        run("predict", run_dir.parent / "out", f"data.path={table}", "name=sales")
+    with pytest.raises(UserError, match="test needs a checkpoint"):
+        run("test", run_dir.parent / "out", f"data.path={table}")
+
+
 def test_resume_equals_one_run(table, tmp_path):
     whole = run("fit", tmp_path / "whole", f"data.path={table}", "test_after_fit=false", "trainer.max_epochs=4")
 
