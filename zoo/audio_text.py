@@ -1,8 +1,8 @@
 """Long recordings and texts in one space: samples -> `AudioEncoder` -> a vector for each clip; texts as vectors.
 
 After CoLLAP (arXiv:2410.02271): recordings of minutes are cut into clips, one vector each, and compared with the words
-and the whole of a text. Its encoders are BEATs, Whisper and RoBERTa; here the encoder is any of ours, which hears the
-whole recording and not each clip alone, and texts come as vectors that a frozen encoder made. Sizes are ours.
+and the whole of a text. Its encoders are BEATs, Whisper and RoBERTa; here the encoder is any of ours, which can also
+hear the whole recording and not each clip alone, and texts come as vectors that a frozen encoder made. Sizes are ours.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from ..blocks.backbone import MixerChoice
 from ..blocks.layers.contrastive import SCORES, ContrastiveScore
+from ..blocks.registry import did_you_mean
 from ._audio import AudioEncoder
 from ._registry import register_sizes
+
+CONTEXTS = ("recording", "clip")
 
 
 class ClipOutput(NamedTuple):
@@ -33,10 +36,11 @@ class AudioTextModel(nn.Module):
     """Recordings (B, T) to vectors of their clips (B, n, E), texts to vectors (C, E), and how well they fit (B, C).
 
     clip_seconds: a clip's vector is W mean(y) over the tokens whose centres lie in it; the last clip has from half to
-    one and a half of that length. embed_dim: E. text_dim: of the vectors of texts. scores, fusion, temperature,
-    attention_temperature: of `ContrastiveScore`; the others are those of `AudioEncoder`. head_drop: dropout of clips
-    and of texts before their projections. config: set by `create_model`. Raises ValueError as those do, and for clips
-    that are shorter than a token.
+    one and a half of that length. context: what the encoder hears for it, "recording", all of it, or "clip", as in the
+    paper: then clips know nothing of each other, and one that fits is where it is. embed_dim: E. text_dim: of the
+    vectors of texts. scores, fusion, temperature, attention_temperature: of `ContrastiveScore`. head_drop: dropout of
+    clips and of texts before their projections. All other options are those of `AudioEncoder`. config: set by
+    `create_model`. Raises ValueError as those do, and for clips that are shorter than a token.
     """
 
     config: dict[str, Any]
@@ -58,6 +62,7 @@ class AudioTextModel(nn.Module):
         max_len: int | None = None,
         causal: bool = False,
         clip_seconds: float = 5.0,
+        context: str = "recording",
         embed_dim: int = 128,
         text_dim: int = 384,
         scores: Sequence[str] = SCORES,
@@ -74,7 +79,9 @@ class AudioTextModel(nn.Module):
         super().__init__()
         self.encoder = AudioEncoder(**options)
         front = self.encoder.front_end
-        self.clip_seconds = clip_seconds
+        if context not in CONTEXTS:
+            raise ValueError(f"context={context!r} is not a choice.{did_you_mean(str(context), CONTEXTS)}")
+        self.clip_seconds, self.context = clip_seconds, context
         self._clip = round(clip_seconds * sample_rate) if math.isfinite(clip_seconds) else 0
         if self._clip < front.hop_length:
             raise ValueError(
@@ -99,18 +106,27 @@ class AudioTextModel(nn.Module):
         ValueError for a recording without any."""
         if len(lengths) and int(lengths.min()) < 1:
             raise ValueError(f"recording {int(lengths.argmin())} of the batch has no samples")
-        out = self.encoder.encode(features, lengths)
-        y = out.y.float() if out.y.dtype in (torch.bfloat16, torch.float16) else out.y
-        place = self._clip_of(y.shape[1], lengths)
+        batch, number = features.shape[:2]
+        real = torch.arange(number, device=features.device) < lengths.unsqueeze(1)
+        place = self._clip_of(number, lengths)
         count = int(place.max()) + 1 if place.numel() else 0
-        # tokens beyond a row's go to a clip of their own, which is left away
-        place = torch.where(torch.arange(y.shape[1], device=y.device) < lengths.unsqueeze(1), place, count)
-        index = place.unsqueeze(-1).expand_as(y)
-        total = y.new_zeros(len(y), count + 1, y.shape[2]).scatter_add(1, index, y)[:, :count]
-        number = y.new_zeros(len(y), count + 1).scatter_add(1, place, torch.ones_like(place, dtype=y.dtype))[:, :count]
-        mean = total / number.clamp_min(1).unsqueeze(-1)
-        clips = self.audio_proj(self.drop(mean))
-        mask = number > 0
+        # of the real tokens, one row after the other: the clip that they are in
+        clip = (torch.arange(batch, device=place.device).unsqueeze(1) * count + place)[real]
+        size = torch.bincount(clip, minlength=batch * count)
+        if self.context == "recording":
+            out = self.encoder.encode(features, lengths)
+            y = out.y[real]
+        else:
+            offset = torch.arange(len(clip), device=clip.device) - (size.cumsum(0) - size)[clip]
+            parts = features.new_zeros(len(size), int(size.max()), features.shape[2])
+            parts = parts.index_put((clip, offset), features[real])
+            out = self.encoder.encode(parts[size > 0], size[size > 0])
+            y = out.y[(size > 0).cumsum(0)[clip] - 1, offset]
+        # a mean of many terms: never in half precision
+        y = y.float() if y.dtype in (torch.bfloat16, torch.float16) else y
+        mean = y.new_zeros(len(size), y.shape[1]).index_add(0, clip, y) / size.clamp_min(1).unsqueeze(1)
+        mask = (size > 0).unflatten(0, (batch, count))
+        clips = self.audio_proj(self.drop(mean)).unflatten(0, (batch, count))
         return ClipOutput(clips.masked_fill(~mask.unsqueeze(-1), 0), mask, out.aux)
 
     def embed_texts(self, vectors: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

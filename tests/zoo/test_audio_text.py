@@ -58,8 +58,22 @@ def test_overlapping_frames_go_where_their_centres_are():
     torch.testing.assert_close(out.y[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_neither_pads_nor_other_recordings_change_a_recording():
-    model = build()
+def test_a_clip_by_itself_is_as_if_the_others_were_not_there():
+    model = build(context="clip")
+    samples, lengths = torch.randn(2, 720), torch.tensor([720, 280])  # 18 tokens, 7 tokens
+    out = model(samples, lengths)
+    assert out.mask.tolist() == [[True] * 4, [True, False, False, False]]
+    for row, parts in ((0, [5, 5, 5, 3]), (1, [7])):
+        features = model.encoder.features(samples[row : row + 1, : lengths[row]]).features[0]
+        for place, part in enumerate(features.split(parts)):
+            alone = model.audio_proj(model.encoder.encode(part.unsqueeze(0)).y[0].mean(0))
+            torch.testing.assert_close(out.y[row, place], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(build(context="recording")(samples, lengths).y, out.y, atol=1e-3)
+
+
+@pytest.mark.parametrize("context", ["recording", "clip"])
+def test_neither_pads_nor_other_recordings_change_a_recording(context: str):
+    model = build(context=context)
     lengths = torch.tensor([1000, 130, 470])
     samples = torch.randn(3, 1000)
     out = model(samples, lengths)
@@ -72,10 +86,10 @@ def test_neither_pads_nor_other_recordings_change_a_recording():
     torch.testing.assert_close(model(samples, lengths).y, out.y, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("fusion", ["mean", "learned"])
+@pytest.mark.parametrize(("fusion", "context"), [("mean", "recording"), ("learned", "clip")])
 @pytest.mark.parametrize("name", [n for n in list_models(task="audio_retrieval") if n.endswith("_tiny")])
-def test_every_parameter_learns(name: str, fusion: str):
-    model = create_model(name, **SMALL, fusion=fusion).train()
+def test_every_parameter_learns(name: str, fusion: str, context: str):
+    model = create_model(name, **SMALL, fusion=fusion, context=context).train()
     out = model(torch.randn(4, 600), torch.tensor([600, 400, 500, 200]))
     text, tokens = model.embed_texts(torch.randn(4, 6), torch.randn(4, 3, 6))
     similarity = model.score(out.y, text, tokens, clip_mask=out.mask)
@@ -126,5 +140,7 @@ def test_what_is_wrong_is_named():
         build(scores=["tokens"])
     with pytest.raises(ValueError, match="fusion='sum'"):
         build(fusion="sum")
+    with pytest.raises(ValueError, match=r"context='clips' is not a choice\. Did you mean clip"):
+        build(context="clips")
     with pytest.raises(ValueError, match="recording 1 of the batch has no samples"):
         build()(torch.randn(2, 400), torch.tensor([400, 0]))
