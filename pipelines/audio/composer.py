@@ -17,12 +17,12 @@ from .backgrounds import Background
 from .clips import Clip
 from .faults import AudioError
 from .skipping import BadFiles
-from .sounds import TRIM_DB, SoundBank
+from .sounds import TRIM_DB, Planted, SoundBank
 
 # Mean square below which a background counts as silent: an event there is as loud as over this.
 SILENCE = 1e-8
 PEAK = 0.99
-_SPEEDS = 9
+_SPEEDS, _EQUALIZER_POINTS = 9, 6
 _MEASURED = 50  # clips of a label whose mean length is taken
 _WRITTEN = 10  # seconds that are written at a time
 
@@ -38,20 +38,14 @@ class Piece(NamedTuple):
     gain: float
 
 
-class _Planted(NamedTuple):
-    clip: int
-    speed: float
-
-
 class Event(NamedTuple):
-    """A planted clip. start, stop: frames of the recording. clip: its number. speed: at which it is played. gain:
-    factor. snr_db: its energy over that of the background within its span."""
+    """A planted clip. start, stop: frames of the recording. planted: the clip. gain: factor. snr_db: its energy over
+    that of the background within its span."""
 
     start: int
     stop: int
     label: str
-    clip: int
-    speed: float
+    planted: Planted
     gain: float
     snr_db: float
 
@@ -102,7 +96,7 @@ class Composition:
         for event in self.events[first : bisect.bisect_left(self._event_starts, stop)]:
             begin, end = max(start, event.start), min(stop, event.stop)
             if begin < end:
-                sound = self.bank.get(event.clip, event.speed)[begin - event.start : end - event.start]
+                sound = event.planted.sound(self.bank)[begin - event.start : end - event.start]
                 found[begin - start : end - start] += np.float32(event.gain) * sound
         found *= np.float32(self.gain)
         return found
@@ -173,6 +167,7 @@ class Composer:
     between which the level of each piece of background is drawn, dB of full scale as its recording's root mean square.
     piece_seconds: least and most of a piece. crossfade: seconds.
     speed: two numbers between which the speed of each event is drawn, one of nine in equal ratios; other voices.
+    equalizer_db: gains at six frequencies are drawn up to so many dB from 0, see `equalize`; other microphones.
     Raises UserError for values outside these, no clips or backgrounds, and one shorter than two crossfades.
     """
 
@@ -191,6 +186,7 @@ class Composer:
         crossfade: float = 0.5,
         trim_db: float = TRIM_DB,
         speed: float | Sequence[float] = 1.0,
+        equalizer_db: float = 0.0,
         bad: BadFiles | None = None,
     ) -> None:
         self.snr_db = _range("snr_db", snr_db)
@@ -203,6 +199,7 @@ class Composer:
             ("events_per_minute", events_per_minute, 0.0),
             ("min_gap", min_gap, 0.0),
             ("crossfade", crossfade, 1 / sample_rate),
+            ("equalizer_db", equalizer_db, 0.0),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
                 raise UserError(f"{name}={value!r} must be a number of at least {least:g}")
@@ -219,6 +216,7 @@ class Composer:
         self.bank = SoundBank(clips, sample_rate, trim_db=trim_db)
         self.backgrounds, self.bad, self.sample_rate = list(backgrounds), bad, sample_rate
         self.rate, self.min_gap, self.overlap = float(events_per_minute), round(min_gap * sample_rate), overlap
+        self.equalizer_db = float(equalizer_db)
         self._by_label: dict[str, list[int]] = {}
         for number, clip in enumerate(clips):
             self._by_label.setdefault(clip.label, []).append(number)
@@ -242,13 +240,13 @@ class Composer:
         events, peak = [], self._highest(pieces)
         for (start, planted), part in zip(placed, rng.random(len(placed)), strict=True):
             wanted = snr[0] + (snr[1] - snr[0]) * float(part)
-            sound = self.bank.get(*planted)
+            sound = planted.sound(self.bank)
             behind = bare.background(start, start + len(sound))
             energy = max(_energy(behind), SILENCE * len(sound))
             gain = float(np.float32(math.sqrt(energy / _energy(sound) * 10 ** (wanted / 10))))
             peak = max(peak, float(np.abs(behind).max()) + gain * float(np.abs(sound).max()))
             label = self.bank.clips[planted.clip].label
-            events.append(Event(start, start + len(sound), label, *planted, gain, wanted))
+            events.append(Event(start, start + len(sound), label, planted, gain, wanted))
         if self.overlap:  # several may sound at once: what each adds is bounded by the sum
             peak = self._highest(pieces) + _stacked(events, self.bank)
         gain = float(np.float32(min(1.0, PEAK / peak))) if peak > 0 else 1.0
@@ -297,9 +295,9 @@ class Composer:
             self.bad.skip(self.bank.clips[number].name, error)
             return None
 
-    def _choose(self, count: int, frames: int, rng: np.random.Generator) -> list[_Planted]:
+    def _choose(self, count: int, frames: int, rng: np.random.Generator) -> list[Planted]:
         """Clips to plant: a label, each as likely, then one of its clips."""
-        chosen: list[_Planted] = []
+        chosen: list[Planted] = []
         for _ in range(count):
             numbers = self._by_label[self.labels[int(rng.integers(len(self.labels)))]]
             number = numbers[int(rng.integers(len(numbers)))]
@@ -313,12 +311,17 @@ class Composer:
                     f"{clip.where or clip.name} has {len(sound) / self.sample_rate:g} seconds of sound, more than the "
                     f"recording of {frames / self.sample_rate:g}"
                 )
-            chosen.append(_Planted(number, speed))
+            chosen.append(Planted(number, speed, self._gains(rng)))
         return chosen
 
-    def _line_up(self, chosen: Sequence[_Planted], frames: int, rng: np.random.Generator) -> list[tuple[int, _Planted]]:
+    def _gains(self, rng: np.random.Generator) -> tuple[float, ...]:
+        if not self.equalizer_db:
+            return ()
+        return tuple(rng.uniform(-self.equalizer_db, self.equalizer_db, _EQUALIZER_POINTS).tolist())
+
+    def _line_up(self, chosen: Sequence[Planted], frames: int, rng: np.random.Generator) -> list[tuple[int, Planted]]:
         """Places one after the other, uniform among all with the gaps between them; what does not fit is left out."""
-        lengths = [len(self.bank.get(*planted)) for planted in chosen]
+        lengths = [len(self.bank.get(*planted[:2])) for planted in chosen]
         needed = np.cumsum([length + self.min_gap for length in lengths]) - self.min_gap
         fits = int(np.searchsorted(needed, frames, side="right"))
         if fits < len(chosen) and self.rate / 60 * (np.mean(lengths) + self.min_gap) > self.sample_rate:
@@ -332,12 +335,12 @@ class Composer:
         before = np.concatenate(([0], np.cumsum([length + self.min_gap for length in lengths[: fits - 1]]))).astype(int)
         return [(int(a + b), planted) for a, b, planted in zip(free, before, chosen, strict=False)]
 
-    def _scatter(self, chosen: Sequence[_Planted], frames: int, rng: np.random.Generator) -> list[tuple[int, _Planted]]:
+    def _scatter(self, chosen: Sequence[Planted], frames: int, rng: np.random.Generator) -> list[tuple[int, Planted]]:
         """Places that may overlap, but for clips of one label; one that finds no place in 100 tries is left out."""
         taken: dict[str, list[tuple[int, int]]] = {}
         placed = []
         for planted in chosen:
-            own, length = taken.setdefault(self.bank.clips[planted.clip].label, []), len(self.bank.get(*planted))
+            own, length = taken.setdefault(self.bank.clips[planted.clip].label, []), len(self.bank.get(*planted[:2]))
             for start in rng.integers(0, frames - length + 1, 100).tolist():
                 stop = start + length
                 if all(stop + self.min_gap <= a or b + self.min_gap <= start for a, b in own):
@@ -385,7 +388,7 @@ def _energy(samples: np.ndarray) -> float:
 
 def _stacked(events: Sequence[Event], bank: SoundBank) -> float:
     """The most that the peaks of events which sound at once add up to."""
-    peaks = [event.gain * float(np.abs(bank.get(event.clip, event.speed)).max()) for event in events]
+    peaks = [event.gain * float(np.abs(event.planted.sound(bank)).max()) for event in events]
     changes = [(event.start, peak) for event, peak in zip(events, peaks, strict=True)]
     changes += [(event.stop, -peak) for event, peak in zip(events, peaks, strict=True)]
     total = highest = 0.0

@@ -16,7 +16,7 @@ from seqzoo.pipelines.audio.backgrounds import BLOCK, GUARD, Background, cut_bac
 from seqzoo.pipelines.audio.clips import Clip  # noqa: E402
 from seqzoo.pipelines.audio.composer import PEAK, Composer, Composition, compose_recording  # noqa: E402
 from seqzoo.pipelines.audio.reader import AudioReader  # noqa: E402
-from seqzoo.pipelines.audio.sounds import EDGE, SoundBank, at_speed, trim_silence  # noqa: E402
+from seqzoo.pipelines.audio.sounds import EDGE, SoundBank, at_speed, equalize, trim_silence  # noqa: E402
 from seqzoo.pipelines.audio.sources import table_clips  # noqa: E402
 from seqzoo.pipelines.errors import UserError  # noqa: E402
 
@@ -105,6 +105,33 @@ def test_speed_moves_pitch_and_length(clips: list[Clip]) -> None:
     assert at_speed(sound, 1.0) is sound
 
 
+def test_an_equalizer_has_its_gains_and_moves_nothing() -> None:
+    gains = (0.0, 6.0, -6.0, 3.0)
+    for hertz, expected in zip(np.geomspace(100, 4000, 4), gains, strict=True):
+        sound = tone(1.0, float(hertz) - 40 * (hertz > 3999)) * np.hanning(RATE)
+        found = equalize(sound.astype(np.float32), RATE, gains)
+        assert len(found) == RATE
+        # the last point is half the rate, where no tone is: a little below it lies on the line between
+        near = expected if hertz < 3999 else float(np.interp(np.log(3960), np.log(np.geomspace(100, 4000, 4)), gains))
+        assert db(energy(found) / energy(sound)) == pytest.approx(near, abs=0.2)
+        lag = np.correlate(found[3000:5000], sound[3000:5000], "full").argmax() - 1999
+        assert lag == 0
+    flat = equalize(sound.astype(np.float32), RATE, (0.0, 0.0))
+    np.testing.assert_allclose(flat, sound, atol=1e-6)
+
+
+def test_events_have_speeds_and_microphones_of_their_own(clips: list[Clip], backgrounds: list[Background]) -> None:
+    plan = Composer(clips, backgrounds, speed=(0.8, 1.25), equalizer_db=6, **OPTIONS).plan(30, [0])
+    assert len({event.planted.speed for event in plan.events}) > 4
+    assert all(0.8 <= event.planted.speed <= 1.2501 for event in plan.events)
+    gains = np.array([event.planted.gains_db for event in plan.events])
+    assert gains.shape[1] == 6 and 5 < np.abs(gains).max() <= 6 and len(np.unique(gains)) == gains.size
+    event = plan.events[0]
+    bare = plan.bank.get(event.planted.clip, event.planted.speed)
+    assert len(bare) == event.stop - event.start
+    assert not np.allclose(event.planted.sound(plan.bank), bare, atol=1e-3)
+
+
 # the plan -------------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +139,8 @@ def test_speed_moves_pitch_and_length(clips: list[Clip]) -> None:
 def test_snr_and_spans_are_what_is_in_the_samples(
     clips: list[Clip], backgrounds: list[Background], overlap: bool
 ) -> None:
-    composer = Composer(clips, backgrounds, snr_db=(-5, 25), overlap=overlap, **{**OPTIONS, "events_per_minute": 90})
+    options = {**OPTIONS, "events_per_minute": 90, "speed": (0.8, 1.25) if overlap else 1.0}
+    composer = Composer(clips, backgrounds, snr_db=(-5, 25), overlap=overlap, equalizer_db=6.0 * overlap, **options)
     plan = composer.plan(30, [3])
     whole, bare = plan.samples(), plan.background(0, plan.frames)
     planted = whole.astype(np.float64) - bare.astype(np.float64) * np.float32(plan.gain)
@@ -122,8 +150,8 @@ def test_snr_and_spans_are_what_is_in_the_samples(
     assert (counts.max() > 1) == overlap and len(plan.events) > 20
     alone = 0
     for event in plan.events:
-        sound = composer.bank.get(event.clip)
-        assert event.stop - event.start == len(sound) and event.label == clips[event.clip].label
+        sound = event.planted.sound(composer.bank)
+        assert event.stop - event.start == len(sound) and event.label == clips[event.planted.clip].label
         if counts[event.start : event.stop].max() == 1:
             alone += 1
             behind = energy(bare[event.start : event.stop])
@@ -142,8 +170,8 @@ def test_snr_and_spans_are_what_is_in_the_samples(
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_windows_are_the_whole_to_the_last_bit(clips: list[Clip], backgrounds: list[Background], overlap: bool) -> None:
-    composer = Composer(clips, backgrounds, overlap=overlap, **{**OPTIONS, "events_per_minute": 90})
-    plan = composer.plan(11.3, [1])
+    options = {**OPTIONS, "events_per_minute": 90, "speed": (0.8, 1.25), "equalizer_db": 6.0}
+    plan = Composer(clips, backgrounds, overlap=overlap, **options).plan(11.3, [1])
     assert len(plan.pieces) > 3 and BLOCK < 20 * RATE  # windows begin within blocks, pieces and fades
     whole = plan.samples()
     for size in (1, 777, 40001):
@@ -165,7 +193,7 @@ def test_the_seed_is_the_recording(clips: list[Clip], root: Path, composer: Comp
 
 def test_another_snr_moves_nothing(composer: Composer) -> None:
     loud, soft = composer.plan(20, [2], snr_db=20), composer.plan(20, [2], snr_db=0)
-    assert [event[:5] for event in loud.events] == [event[:5] for event in soft.events]
+    assert [event[:4] for event in loud.events] == [event[:4] for event in soft.events]
     assert loud.pieces == soft.pieces and len(loud.events) > 5
     for one, other in zip(loud.events, soft.events, strict=True):
         assert (one.snr_db, other.snr_db) == (20, 0)
@@ -324,6 +352,7 @@ def test_a_written_recording_is_never_whole_in_memory(
         ({"events_per_minute": -1}, r"events_per_minute=-1 must be a number of at least 0"),
         ({"min_gap": float("inf")}, r"min_gap=inf must be"),
         ({"speed": 0}, r"speed=0 must be above 0"),
+        ({"equalizer_db": -1}, r"equalizer_db=-1 must be a number of at least 0"),
         ({"crossfade": 8.0}, r"noise.wav.* must be at 8000 Hz and have at least two crossfades, 128000 frames"),
         ({"sample_rate": 16000}, r"must be at 16000 Hz"),
     ],

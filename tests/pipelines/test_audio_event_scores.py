@@ -65,10 +65,10 @@ def test_spans_by_hand(values: list[float], options: dict[str, Any], expected: l
 
 def test_places_classes_and_scores() -> None:
     values = np.zeros((6, 2))
-    values[1:3, 1], values[4, 1], values[0, 0] = (0.6, 0.8), 0.7, 1.0
+    values[1:5, 1], values[0, 0] = (0.6, 0.8, 0.1, 0.7), 1.0
     found = decode_events(values, step=0.04, first=0.03, max_gap=0.04, threshold=[0.9, 0.5])
     # the first token begins before the recording does; the closed gap counts into the mean
-    assert found == [Span(0.03 - 0.02, 0.03 + 0.02, 0, 1.0), Span(0.05, 0.21, 1, pytest.approx(2.1 / 4))]
+    assert found == [Span(0.03 - 0.02, 0.03 + 0.02, 0, 1.0), Span(0.05, 0.21, 1, pytest.approx(2.2 / 4))]
     assert decode_events(values, step=0.04, first=0.0)[0].start == 0.0
 
 

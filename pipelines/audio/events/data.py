@@ -47,8 +47,8 @@ class AudioEventData(L.LightningDataModule):
     prompt as its label, or "folder" whose sub-folders are labels. backgrounds: a folder of long recordings, cut in time
     by background_parts. snr_db: from which the SNR of each event is drawn; test_snr_db: those of the test, a condition
     each, with the same events in the same places. events_per_minute, min_gap, level_db: see `Composer`.
-    train_events_per_minute: in training windows, None: the same. train_speed: two numbers between which the speed of a
-    training clip is drawn, so that there are more voices.
+    train_events_per_minute: in training windows, None: the same. train_speed, train_equalizer_db: of training clips,
+    for more voices and microphones.
     overlap: whether events may overlap; false with spans: overlapping ones are refused. val_recordings, val_minutes,
     test_recordings, test_minutes: composed anew for each `split_seed`, not for `seed`.
     window: seconds of a training window; each is drawn once from (seed, number). steps: batches in an epoch.
@@ -75,6 +75,7 @@ class AudioEventData(L.LightningDataModule):
         min_gap: float = 0.2,
         level_db: Sequence[float] = (-42.0, -30.0),
         train_speed: float | Sequence[float] = 1.0,
+        train_equalizer_db: float = 0.0,
         overlap: bool = False,
         val_recordings: int = 4,
         val_minutes: float = 2.0,
@@ -116,7 +117,7 @@ class AudioEventData(L.LightningDataModule):
             "min_gap": min_gap,
             "level_db": level_db,
         }
-        self.training: dict[str, Any] = {"speed": train_speed}
+        self.training: dict[str, Any] = {"speed": train_speed, "equalizer_db": train_equalizer_db}
         if train_events_per_minute is not None:
             self.training["events_per_minute"] = train_events_per_minute
         self.number = {"val": val_recordings, "test": test_recordings}

@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 from ....blocks.protocol import Mixer
 from ....zoo import create_model
-from ....zoo._audio import AudioOutput
 from ....zoo.audio import EventDetector
 from ...errors import UserError, nearest
 from ...instantiate import with_class
 from ...training import TrainingModule
 from ..augmenting import Augmentation, step_generator
+from ..streaming import Source, stream
 from .decoding import Span, decode_events
 from .recordings import EventRecording
 from .scores import EventSums
 
 CRITERIA = ("bce", "focal")
 # Of which validation takes the one with the best event F1.
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 LARGEST_WEIGHT = 20.0
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -158,59 +158,34 @@ class AudioEventModule(TrainingModule):
 
     # whole recordings -------------------------------------------------------------------------------------------------
 
-    def windows(self) -> tuple[int, int]:
-        """Samples of a window, and from one to the next: whole hops, so that tokens of all windows are on one grid.
-
-        Raises UserError for an overlap that leaves nothing.
-        """
-        front, rate = self.net.encoder.front_end, self.schema["sample_rate"]
-        seconds = self.task.get("window") or self.schema["window"]
-        overlap = float(self.task.get("window_overlap", 2.0))
-        step = round((seconds - overlap) * rate) // front.hop_length * front.hop_length
-        if not 0 <= overlap < seconds or step < front.hop_length:
-            raise UserError(f"task.window_overlap={overlap:g} must be below the window of {seconds:g} seconds")
-        return round(seconds * rate), step
-
     @torch.no_grad()
-    def logits(self, recording: EventRecording, vectors: Tensor | None = None) -> Tensor:
-        """float32 (L, C), on the CPU: the recording in overlapping windows, of which each gives its middle.
+    def logits(self, recording: Source, vectors: Tensor | None = None) -> Tensor:
+        """float32 (L, C), on the CPU, as `stream` hears a recording: a model that streams with its state, any other in
+        windows with half of `window_overlap` on either side. vectors: (N, text_dim), words in place of the labels."""
 
-        A token in the overlap of two windows is taken from the one in which it is farther from the end; tokens near the
-        ends of the recording have no choice. vectors: (N, text_dim), words in place of the labels. Memory: the samples
-        of `windows_at_once` windows, and L C numbers.
-        """
-        front = self.net.encoder.front_end
-        length, step = self.windows()
-        # a window is needed where the one before does not reach the end
-        starts = [s for s in range(0, recording.frames, step) if s == 0 or s - step + length < recording.frames]
-        total, found = front.num_frames(recording.frames), None
-        at_once = int(self.task.get("windows_at_once", 8))
-        # half of the overlap belongs to the window before, half to the one behind
-        skip = (front.num_frames(length) - step // front.hop_length) // 2
-        for place in range(0, len(starts), at_once):
-            group = starts[place : place + at_once]
-            parts = [recording.samples(start, min(start + length, recording.frames)) for start in group]
-            samples = torch.zeros(len(parts), length)
-            for row, part in zip(samples, parts, strict=True):
-                row[: len(part)] = torch.from_numpy(part)
-            lengths = torch.tensor([len(part) for part in parts])
-            out = self._hear(samples.to(self.device), lengths.to(self.device), vectors)
-            heard = out.y.float().cpu()
-            found = torch.zeros(total, heard.shape[2]) if found is None else found
-            for start, y, number in zip(group, heard, out.lengths.tolist(), strict=True):
-                first = start // front.hop_length
-                begin = min(skip, number) if start else 0
-                end = min(number, total - first)
-                found[first + begin : first + end] = y[begin:end]
-        return torch.zeros(0, len(self.schema["labels"])) if found is None else found
+        def head(y: Tensor) -> Tensor:
+            return self.net.answer(y) if vectors is None else self.net.score(y, vectors)
 
-    def _hear(self, samples: Tensor, lengths: Tensor, vectors: Tensor | None) -> AudioOutput:
-        if vectors is None:
-            return self.net(samples, lengths)
-        out = self.net.encoder(samples, lengths)
-        return out._replace(y=self.net.score(out.y, vectors))
+        seconds, overlap = self.windows()
+        pieces = stream(
+            self.net.encoder,
+            head,
+            recording,
+            piece_seconds=seconds - overlap,
+            context_seconds=overlap / 2,
+            batch_size=int(self.task.get("windows_at_once", 8)),
+        )
+        found = [piece.values.float().cpu() for piece in pieces]
+        return torch.cat(found) if found else torch.zeros(0, len(self.schema["labels"]))
 
-    def scores(self, recording: EventRecording) -> TokenScores:
+    def windows(self) -> tuple[float, float]:
+        """Seconds of a window and of what two of them share. Raises UserError for an overlap that leaves nothing."""
+        seconds, overlap = float(self.task.get("window") or self.schema["window"]), self.task.get("window_overlap", 2.0)
+        if not 0 <= overlap < seconds:
+            raise UserError(f"task.window_overlap={overlap:g} must be below the window of {seconds:g} seconds")
+        return seconds, float(overlap)
+
+    def scores(self, recording: Source) -> TokenScores:
         """The probabilities of a recording's tokens and where they are."""
         return self._placed(self.logits(recording))
 
@@ -301,7 +276,7 @@ class AudioEventModule(TrainingModule):
         if self.net.text:
             self.net.set_label_vectors(_vectors([label_text(label) for label in self.schema["labels"]]))
 
-    def query(self, recording: EventRecording, texts: list[str]) -> TokenScores:
+    def query(self, recording: Source, texts: list[str]) -> TokenScores:
         """Probabilities of any words in a recording, (L, N). Raises UserError where the head knows labels alone."""
         if not self.net.text:
             raise UserError("model.head=labels finds its labels alone; any words can be asked for with model.head=text")
