@@ -127,8 +127,8 @@ def _evaluate(task: Any, command: str, cfg: dict[str, Any], run_dir: Path) -> di
 
 
 def _checkpoint_of(command: str, cfg: dict[str, Any], run_dir: Path) -> Path:
-    """The checkpoint of a command that trains nothing; `predict` takes the best of the newest run of its name where none
-    is given, and says so."""
+    """The checkpoint of a command that trains nothing. Where none is given `predict` takes the best one of the newest
+    run of its name, and says so."""
     if cfg.get("ckpt_path"):
         return find_checkpoint(cfg["ckpt_path"], cfg, run_dir)
     choices = "give ckpt_path=<file>, or ckpt_path=last or best for the newest run"
