@@ -7,9 +7,11 @@ import itertools
 import json
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -19,9 +21,11 @@ from omegaconf import OmegaConf
 pytest.importorskip("soundfile", reason="needs seqzoo[audio]")
 pytest.importorskip("torchaudio", reason="needs seqzoo[audio]")
 
+from seqzoo.pipelines.audio.classify.data import durations
+from seqzoo.pipelines.audio.clips import Clip
 from seqzoo.pipelines.audio.retrieval import data as data_module
 from seqzoo.pipelines.audio.retrieval.data import AudioPairData, match_groups
-from seqzoo.pipelines.audio.retrieval.predict import check_queries
+from seqzoo.pipelines.audio.retrieval.predict import _clip_vectors, check_queries
 from seqzoo.pipelines.audio.retrieval.scores import chance, check_recall_at, places, ranks, recall_at, retrieval_scores
 from seqzoo.pipelines.audio.text_vectors import TextVectors
 from seqzoo.pipelines.errors import UserError
@@ -253,6 +257,45 @@ def test_queries_that_are_wrong():
     for empty in ("", " ", ["a bell", ""]):
         with pytest.raises(UserError, match=r"task\.query has an empty text"):
             check_queries(empty)
+
+
+class Listening:
+    """In the place of a trainer: a "vector" of each piece, its length in samples."""
+
+    def predict(self, module: Any, dataloaders: Any, return_predictions: bool) -> list[Any]:
+        return [(batch["clip"], [length.view(1, 1) for length in batch["lengths"]]) for batch in dataloaders]
+
+
+def test_long_recordings_are_read_in_pieces_of_whole_clips(tmp_path: Path):
+    clips = [
+        Clip(write(tmp_path / "long.wav", [300], 5.1), 0.0, None, ""),
+        Clip(tmp_path / "long.wav", 0.1, 4.96, "a span"),  # 0.06 seconds beyond six pieces: less than half a clip
+        Clip(write(tmp_path / "short.wav", [300], 0.03), 0.0, None, ""),
+    ]
+    data, module = AudioPairData(sample_rate=RATE), SimpleNamespace(net=SimpleNamespace(clip_seconds=0.2))
+    found = _clip_vectors(Listening(), module, data, clips, durations(clips), 0.9)  # type: ignore[arg-type]
+    pieces = [[(round(start, 3), int(length)) for start, length in parts] for parts in found]
+    whole = [(0.0, 3200), (0.8, 3200), (1.6, 3200), (2.4, 3200), (3.2, 3200), (4.0, 3200)]
+    assert pieces == [[*whole, (4.8, 1200)], [*whole[:-1], (4.0, 3440)], [(0.0, 120)]]
+    with pytest.raises(UserError, match=r"task\.window_seconds=0\.1 must be at least model\.clip_seconds=0\.2"):
+        _clip_vectors(Listening(), module, data, clips, durations(clips), 0.1)  # type: ignore[arg-type]
+
+
+def test_a_dataset_with_audio_and_texts(tmp_path: Path, encoder: None):
+    datasets = pytest.importorskip("datasets", reason="needs seqzoo[text]")
+    path = write(tmp_path / "a.wav", [300])
+    features = datasets.Features({"sound": datasets.Audio(), "caption": datasets.Value("string")})
+    rows = {"sound": [{"bytes": path.read_bytes(), "path": None}] * 8, "caption": [f"tone {i}" for i in range(8)]}
+    # not by from_dict, which wants torchcodec
+    datasets.Dataset(pa.Table.from_pydict(rows, features.arrow_schema)).save_to_disk(str(tmp_path / "set"))
+    options = {"sample_rate": RATE, "split_ratio": (0.5, 0.25, 0.25), "text_column": "caption"}
+    data = AudioPairData("hub", tmp_path / "set", **options)
+    data.setup("fit")
+    assert sorted(clip.label for clips in data.sets.values() for clip in clips) == rows["caption"]
+    (batch,) = data.val_dataloader()
+    assert batch["samples"].shape == (2, round(0.3 * RATE))
+    with pytest.raises(UserError, match=r"no column 'text' \(label_column\)"):
+        AudioPairData("hub", tmp_path / "set", sample_rate=RATE).setup("fit")
 
 
 def test_prompts_are_split_by_their_texts(encoder: None):
