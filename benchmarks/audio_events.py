@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from _measure import hardware
 from _report import markdown
-from _runs import RESULTS, earlier_rows, write_result
+from _runs import RESULTS, write_result
 
 NAME = "audio_events"
 MODELS = ("softmax", "s4d", "gla", "mamba2")
@@ -142,21 +142,18 @@ def _options(name: str) -> set[str]:
     return {"name", *mixer_info(name).options}
 
 
-def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A line for each method: its scores by SNR."""
-    lines: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        line = lines.setdefault(row["method"], {"method": row["method"], "parameters": None})
-        line["parameters"] = line["parameters"] or row.get("parameters")
-        for key, name in (("event_f1", "event F1"), ("miou", "mIoU"), ("event_f1_any", "event F1, any")):
-            value = row[key]
-            line[f"{name}, {row['condition']}"] = None if value is None else f"{value:.3f}"
-    columns = ["method", "parameters"]
-    names = [key for line in lines.values() for key in line]
-    columns += [key for kind in ("event F1, ", "mIoU, ") for key in dict.fromkeys(names) if key.startswith(kind)]
-    found = [{key: line.get(key) for key in dict.fromkeys(columns)} for line in lines.values()]
-    order = [*MODELS]
-    return sorted(found, key=lambda line: order.index(line["method"]) if line["method"] in order else len(order))
+    shown = {"event F1": "event_f1", "mIoU": "miou", "any F1": "event_f1_any"}
+    conditions = list(dict.fromkeys(cell["condition"] for cell in cells))
+    lines = {cell["method"]: {"method": cell["method"], "parameters": cell.get("parameters")} for cell in cells}
+    for name, key in shown.items():
+        for condition in conditions:
+            for cell in cells:
+                if cell["condition"] == condition:
+                    value = cell[key]
+                    lines[cell["method"]][f"{name}, {condition}"] = None if value is None else round(value, 3)
+    return sorted(lines.values(), key=lambda line: MODELS.index(line["method"]) if line["method"] in MODELS else 99)
 
 
 def main() -> None:
@@ -182,29 +179,45 @@ def main() -> None:
             parser.error("--tiny measures nothing that is worth keeping: give --out, a folder of its own")
         vars(options).update(TINY)
     torch.set_num_threads(options.threads)
-    folder = options.out or RESULTS
     settings = {name: getattr(options, name) for name in SETTINGS}
+    given = [
+        f"--{key.replace('_', '-')} {value}"
+        for key, value in settings.items()
+        if key != "tiny" and value != parser.get_default(key)
+    ]
+    command = " ".join([f"python benchmarks/{NAME}.py --digits fsdd --backgrounds audio_long", *given])
     for name in options.models:
         with tempfile.TemporaryDirectory() as temporary:
-            new = measure(name, options, (options.runs or Path(temporary)).resolve())
-        methods = {row["method"] for row in new}
-        rows = [row for row in earlier_rows(NAME, settings, folder) if row["method"] not in methods] + new
-        given = " ".join(
-            f"--{key.replace('_', '-')} {settings[key]}"
-            for key in SETTINGS
-            if key != "tiny" and settings[key] != parser.get_default(key)
-        )
-        command = f"python benchmarks/{NAME}.py --digits fsdd --backgrounds audio_long {given}".strip()
-        record = {"settings": settings, "hardware": hardware(torch.device("cpu")), "command": command, "rows": rows}
-        path = write_result(NAME, record, folder)
-        page = [
-            "# Events in long recordings",
-            f"`{command}`, on a CPU. {' '.join((__doc__ or '').split('    python')[0].split())}",
-            markdown(table(rows)),
-            "Labels are not looked at in `any`. A threshold and a margin are chosen on validation recordings.",
-        ]
-        path.with_suffix(".md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-        print(markdown(table(rows)), flush=True)
+            cells = measure(name, options, (options.runs or Path(temporary)).resolve())
+        print(markdown(write(cells, settings, command, options.out or RESULTS)), flush=True)
+
+
+def write(cells: list[dict[str, Any]], settings: dict[str, Any], command: str, folder: Path) -> list[dict[str, Any]]:
+    """Both files with these scores beside earlier ones of other methods and the same settings; returns the table."""
+    path = folder / f"{NAME}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    methods = {cell["method"] for cell in cells}
+    if known.get("settings") == settings:
+        cells = [cell for cell in known["cells"] if cell["method"] not in methods] + cells
+    rows = table(cells)
+    record = {"settings": settings, "hardware": hardware(torch.device("cpu")), "command": command}
+    write_result(NAME, {**record, "rows": rows, "cells": cells}, folder)
+    facts = [
+        {key: cell.get(key) for key in ("method", "steps", "CPU seconds", "seconds", "validation", "threshold")}
+        for cell in cells
+        if cell["condition"] == cells[0]["condition"] and cell.get("steps")
+    ]
+    page = [
+        "# Events in long recordings",
+        f"`{command}`, on a CPU. {' '.join((__doc__ or '').split('    python')[0].split())} Speakers and stretches of "
+        "background of the test are in neither training nor validation.",
+        markdown(rows),
+        "Event F1: onsets within 200 ms, ends within 200 ms or half of the length. mIoU: of the unions of spans, over "
+        "labels and recordings. Any: where labels are not looked at. The training:",
+        markdown(facts),
+    ]
+    path.with_suffix(".md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    return rows
 
 
 if __name__ == "__main__":
