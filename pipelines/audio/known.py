@@ -13,6 +13,7 @@ from .sources import audio_files, named_clips
 
 PROMPTS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 PROMPTS_PACKAGE = "asterisk-core-sounds-en-wav"
+DIGITS = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 _TEST_TAKES = 5
 
 
@@ -36,6 +37,11 @@ def digit_clips(
     if not 0 <= val_part < 1:
         raise UserError(f"val_part={val_part} must be from 0 to below 1")
     root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"no spoken digits in {root}; get them with git clone {DIGITS}, then give that folder as data.path, or as "
+            "fsdd in the folder of SEQZOO_DATA"
+        )
     if (root / "recordings").is_dir():
         root = root / "recordings"
     clips = named_clips(root, "{label}_{speaker}_{take}")

@@ -328,6 +328,11 @@ def test_digits_of_held_out_speakers(shared_data: Path) -> None:
         digit_clips(shared_data / "fsdd", "speaker")
 
 
+def test_digits_that_are_not_there_say_where_they_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no spoken digits in .*fsdd; get them with git clone https://.*SEQZOO_DATA"):
+        digit_clips(tmp_path / "fsdd")
+
+
 def test_digits_in_the_folder_of_their_repository(tmp_path: Path) -> None:
     files(tmp_path, "recordings/7_theo_0.wav", "recordings/7_theo_5.wav", "acquire/noise.wav")
     assert Counter(clip.split for clip in digit_clips(tmp_path)) == {"test": 1, "train": 1}
