@@ -316,6 +316,18 @@ def test_a_file_that_breaks_later_is_replaced(root: Path, tmp_path: Path) -> Non
     assert data.bad is not None and data.bad.causes == {"not finite": 1}
 
 
+def test_clips_that_are_longer_than_a_window_are_left_out_in_training(root: Path, tmp_path: Path) -> None:
+    for split, seconds in (("train", (1, 2, 3)), ("val", (1, 3)), ("test", (1,))):
+        for length in seconds:
+            write(tmp_path / split / "a" / f"{length}.wav", 0.3 * np.sin(np.arange(length * RATE) * 0.3))
+    data = composed(root, path=tmp_path, window=0.5, train_speed=[0.9, 1.0], events_per_minute=10.0)
+    # half a second with one on either side, of which a clip at 0.9 of its speed takes more
+    assert [Path(clip.name).name for clip in data.composers["train"].bank.clips] == ["1.wav", "2.wav"]
+    assert "train: 1 clips are left out, longer than 2.25 seconds, which fit into data.window=0.5" in data.notes
+    assert len(data.composers["val"].bank.clips) == 2
+    data._windows()[np.arange(20)]
+
+
 def test_bad_clips_are_skipped_in_training_alone(root: Path, tmp_path: Path) -> None:
     for number in range(60):
         sound = 0.3 * np.sin(np.arange(1000) * (0.3 + 0.01 * number))

@@ -17,9 +17,11 @@ from ..backgrounds import Background, cut_backgrounds
 from ..clips import SPLITS, Clip, assign_splits, check_overlaps
 from ..composer import Composer
 from ..known import digit_clips, prompt_clips
+from ..reader import AudioReader
 from ..skipping import BadFiles, checked_clips
 from ..sources import folder_clips, table_clips
 from .recordings import (
+    MARGIN,
     ComposedRecording,
     ComposedWindows,
     EventRecording,
@@ -155,6 +157,7 @@ class AudioEventData(L.LightningDataModule):
         if self.clips == "prompts":
             # prompts are recorded once each: what they have in common is what kind they are
             found = [clip._replace(label=_kind(clip.label)) for clip in prompt_clips(self.path)]
+            found = [clip for clip in found if clip.label != "silence"]  # nothing of which can be heard
             return assign_splits(found, self.split_ratio, seed=self.split_seed)
         if self.path is None:
             raise UserError(f"data.path is missing: the folder of the clips to plant, data.clips={self.clips}")
@@ -167,6 +170,7 @@ class AudioEventData(L.LightningDataModule):
         if self.backgrounds is None:
             raise UserError("data.backgrounds is missing: a folder of long recordings into which clips are planted")
         parts = cut_backgrounds(self.backgrounds, self.sample_rate, self.background_parts)
+        clips = self._that_fit(clips)
         for split in SPLITS:
             self.composers[split] = self._composer(split, clips, parts[split])
         sizes = {split: composer.bank.clips for split, composer in self.composers.items()}
@@ -183,6 +187,18 @@ class AudioEventData(L.LightningDataModule):
             "per_second": [per_second / len(self.labels)] * len(self.labels),
             "event_seconds": sum(shares.values()) / trained if trained else 0.0,
         }
+
+    def _that_fit(self, clips: Sequence[Clip]) -> list[Clip]:
+        """Without the training clips that are longer than a window at their slowest; how many, in a note."""
+        slow = min(self.training["speed"]) if isinstance(self.training["speed"], Sequence) else self.training["speed"]
+        most = (self.window + 2 * MARGIN) * slow
+        kept = [clip for clip in clips if clip.split != "train" or _seconds(clip) <= most]
+        if len(kept) < len(clips):
+            self.notes.append(
+                f"train: {len(clips) - len(kept):,} clips are left out, longer than {most:g} seconds, which fit into "
+                f"data.window={self.window:g}"
+            )
+        return kept
 
     def _composer(self, split: str, clips: Sequence[Clip], backgrounds: Sequence[Background]) -> Composer:
         own = [clip for clip in clips if clip.split == split]
@@ -318,6 +334,13 @@ class AudioEventData(L.LightningDataModule):
         """Every recording once, whole: its samples are read by what evaluates it."""
         sampler = IndexSampler(len(recordings), 1)
         return DataLoader(RecordingSet(recordings), sampler=sampler, **{**loader_options(0), "pin_memory": False})
+
+
+def _seconds(clip: Clip) -> float:
+    if clip.end is not None:
+        return clip.end - clip.start
+    with AudioReader(clip.path) as reader:
+        return reader.info.duration - clip.start
 
 
 def _kind(prompt: str) -> str:
