@@ -603,6 +603,20 @@ def test_a_checkpoint_gives_the_same_scores_and_keeps_its_threshold(root: Path, 
         task.check_schema(module, AudioEventData(sample_rate=8000), path)
 
 
+def test_decoding_can_be_changed_after_training(root: Path, trained: Path, tmp_path: Path) -> None:
+    path = trained / "checkpoints" / "best.ckpt"
+    cfg = config(root, tmp_path / "x", f"ckpt_path={path}", "task.threshold=0.123", "task.min_duration=0.25")
+    module = task.load_module(load_checkpoint(path), path, cfg)
+    options = module.decoder_options()
+    assert (options["threshold"], options["min_duration"]) == (0.123, 0.25)
+    assert options["low"] == pytest.approx(0.0615)
+    del cfg["task"]["min_duration"]
+    cfg["task"]["threshold"] = None
+    saved = json.loads((trained / "scores.json").read_text())["threshold"]
+    options = task.load_module(load_checkpoint(path), path, cfg).decoder_options()
+    assert (options["threshold"], options["min_duration"]) == (saved, 0.1)
+
+
 def test_a_model_is_tested_on_spans_of_its_labels(root: Path, trained: Path, tmp_path: Path) -> None:
     path = trained / "checkpoints" / "best.ckpt"
     cfg = config(root, tmp_path / "own", f"ckpt_path={path}")

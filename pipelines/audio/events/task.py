@@ -18,6 +18,8 @@ from .recordings import EventRecording
 from .scores import SCORES, EventSums
 
 Data = AudioEventData
+# What a trained model does otherwise without being another one.
+DECODING = ("window", "window_overlap", "windows_at_once", "low_ratio", "median_seconds", "max_gap", "min_duration")
 
 
 def build_data(cfg: dict[str, Any]) -> AudioEventData:
@@ -42,10 +44,15 @@ def build_module(cfg: dict[str, Any], data: AudioEventData) -> AudioEventModule:
 
 
 def load_module(checkpoint: dict[str, Any], path: Path, cfg: dict[str, Any]) -> AudioEventModule:
-    """The module that a checkpoint holds. Raises UserError when it is not one of events."""
+    """The module that a checkpoint holds, which hears and decodes as the config says; a threshold of null is that of
+    its validation. Raises UserError when it is not one of events."""
     saved = saved_parameters(checkpoint, "audio_events", path)
+    given = cfg.get("task") or {}
+    saved["task"] = {**saved["task"], **{key: given[key] for key in DECODING if key in given}}
     module = AudioEventModule(**saved, mixer_class=mixer_class(saved["model"], cfg))
     module.load_state_dict(checkpoint["state_dict"])
+    if given.get("threshold") is not None:
+        module.threshold.fill_(float(given["threshold"]))
     return module
 
 
