@@ -27,7 +27,6 @@ def classify(trainer: Any, module: AudioClipModule, data: AudioClipData) -> list
     clips, longer = cut(found_clips, schema["max_seconds"])
     if longer:
         print(f"{longer:,} clip(s) are cut at {schema['max_seconds']:g} seconds, as in training", flush=True)
-    data.labels = list(schema["labels"])
     found = trainer.predict(module, dataloaders=data.evaluation(clips), return_predictions=True)
     names = [clip.name + (f" {clip.start:g}-{clip.end:g}" if clip.start else "") for clip in clips]
     given = [clip.label if known else None for clip in clips]
