@@ -36,11 +36,11 @@ class AudioTextModel(nn.Module):
     """Recordings (B, T) to vectors of their clips (B, n, E), texts to vectors (C, E), and how well they fit (B, C).
 
     clip_seconds: a clip's vector is W mean(y) over the tokens whose centres lie in it; the last clip has from half to
-    one and a half of that length. context: what the encoder hears for it, "recording", all of it, or "clip", as in the
-    paper: then clips know nothing of each other, and one that fits is where it is. embed_dim: E. text_dim: of the
-    vectors of texts. scores, fusion, temperature, attention_temperature: of `ContrastiveScore`. head_drop: dropout of
-    clips and of texts before their projections. All other options are those of `AudioEncoder`. config: set by
-    `create_model`. Raises ValueError as those do, and for clips that are shorter than a token.
+    one and a half of that length. context: what the encoder hears for it, "clip", as in the paper: clips know nothing
+    of each other, and one that fits is where it is; or "recording", all of it. embed_dim: E. text_dim: of the vectors
+    of texts. scores, fusion, temperature, attention_temperature: of `ContrastiveScore`. head_drop: dropout of clips and
+    of texts before their projections. All other options are those of `AudioEncoder`. config: set by `create_model`.
+    Raises ValueError as those do, and for clips that are shorter than a token.
     """
 
     config: dict[str, Any]
@@ -62,7 +62,7 @@ class AudioTextModel(nn.Module):
         max_len: int | None = None,
         causal: bool = False,
         clip_seconds: float = 5.0,
-        context: str = "recording",
+        context: str = "clip",
         embed_dim: int = 128,
         text_dim: int = 384,
         scores: Sequence[str] = SCORES,

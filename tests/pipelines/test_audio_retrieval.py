@@ -324,7 +324,6 @@ SMALL = [
     "model.depth=1",
     "model.embed_dim=16",
     "model.clip_seconds=0.2",
-    "model.context=clip",  # so that the clip that fits is where it is
     "model.head_drop=0",
     "+model.front_end.num_mels=16",
     "task.recall_at=[1,3]",

@@ -14,7 +14,14 @@ from seqzoo.zoo import create_model, list_models, load_model, model_info, save_m
 RATE = 1000
 # tokens of 40 samples, one after the other
 FRONT = {"name": "patches", "patch_len": 40, "dim": 12}
-SMALL = {"sample_rate": RATE, "front_end": FRONT, "embed_dim": 10, "text_dim": 6, "clip_seconds": 0.2}
+SMALL = {
+    "sample_rate": RATE,
+    "front_end": FRONT,
+    "embed_dim": 10,
+    "text_dim": 6,
+    "clip_seconds": 0.2,
+    "context": "recording",
+}
 
 
 def build(**options):
@@ -89,7 +96,7 @@ def test_neither_pads_nor_other_recordings_change_a_recording(context: str):
 @pytest.mark.parametrize(("fusion", "context"), [("mean", "recording"), ("learned", "clip")])
 @pytest.mark.parametrize("name", [n for n in list_models(task="audio_retrieval") if n.endswith("_tiny")])
 def test_every_parameter_learns(name: str, fusion: str, context: str):
-    model = create_model(name, **SMALL, fusion=fusion, context=context).train()
+    model = create_model(name, **{**SMALL, "fusion": fusion, "context": context}).train()
     out = model(torch.randn(4, 600), torch.tensor([600, 400, 500, 200]))
     text, tokens = model.embed_texts(torch.randn(4, 6), torch.randn(4, 3, 6))
     similarity = model.score(out.y, text, tokens, clip_mask=out.mask)
