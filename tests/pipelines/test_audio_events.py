@@ -542,6 +542,7 @@ def config(root: Path, run: Path, *overrides: str) -> dict[str, Any]:
                 "model.depth=1",
                 "model.front_end.stack=2",
                 "model.front_end.num_mels=16",
+                "mixer=softmax",
                 "mixer.num_heads=2",
                 "task.window_overlap=0.5",
                 "optimizer.lr=2.0e-2",
