@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ..pictures import MODEL, OTHERS, TRUTH, can_draw, new_figure
 from .overview import Overview
 
 # Recordings are broken into rows of so many seconds, at most so many rows.
-ROW_SECONDS, MOST_ROWS = 60.0, 10
+ROW_SECONDS, MOST_ROWS, MOST_LABELS = 60.0, 10, 30
 _HEIGHT = 0.36  # of a bar, a label being 1 high
 
 
@@ -29,10 +30,19 @@ def plot_timeline(
     """Draw when each label sounds, the truth in black over what was found in blue; in rows of `row_seconds`.
 
     truth, found: start and end in seconds and number of the label; truth None where it is not known. A recording longer
-    than MOST_ROWS rows is drawn up to there, and the title says so. Returns None without matplotlib.
+    than MOST_ROWS rows is drawn up to there, and of more than MOST_LABELS labels those that sound most often; the title
+    says so. Returns None without matplotlib.
     """
     if not can_draw("the timeline"):
         return None
+    if len(labels) > MOST_LABELS:
+        counts = Counter(label for _, _, label in [*(truth or ()), *found])
+        chosen = sorted(label for label, _ in counts.most_common(MOST_LABELS))
+        place = {label: number for number, label in enumerate(chosen)}
+        title += f" ({len(chosen)} of {len(labels):,} labels)"
+        labels = [labels[label] for label in chosen]
+        found = [(start, end, place[label]) for start, end, label in found if label in place]
+        truth = None if truth is None else [(a, b, place[label]) for a, b, label in truth if label in place]
     rows = min(max(1, -int(-seconds // row_seconds)), MOST_ROWS)
     wide = min(row_seconds, seconds)
     with new_figure(path) as figure:

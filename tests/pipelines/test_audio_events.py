@@ -20,6 +20,7 @@ pytest.importorskip("torchaudio", reason="needs seqzoo[audio]")
 from hydra import compose, initialize_config_module  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
+from seqzoo.pipelines.audio import pictures  # noqa: E402
 from seqzoo.pipelines.audio.events import task  # noqa: E402
 from seqzoo.pipelines.audio.events.data import AudioEventData  # noqa: E402
 from seqzoo.pipelines.audio.events.module import (  # noqa: E402
@@ -675,6 +676,18 @@ def test_collate_of_windows_without_events() -> None:
     assert batch["samples"].tolist() == [[1, 1, 1, 0]] * 2 and batch["lengths"].tolist() == [3, 3]
     assert batch["spans"].shape == (2, 0, 2) and batch["classes"].shape == (2, 0)
     assert batch["start"].tolist() == [1.5, 1.5] and batch["recording"].tolist() == [5, 5]
+
+
+def test_timeline_of_many_labels_shows_those_that_sound_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(pictures, "draw_spans", lambda axis, truth, found, *_: drawn.append((truth, found)))
+    found = [(float(number), number + 0.5, label) for number, label in enumerate([70, 70, 5, *range(40, 70), 5])]
+    pictures.plot_timeline([(0.0, 1.0, 70)], found, [str(n) for n in range(100)], tmp_path / "t.png", seconds=50.0)
+    truth, shown = drawn[0]
+    # 30 of 32 labels: 5, 40 .. 67 and 70
+    assert truth == [(0.0, 1.0, 29)] and [label for _, _, label in shown[:4]] == [29, 29, 0, 1]
+    assert len(shown) == 4 + 28 and max(label for *_, label in shown) == 29
 
 
 def test_timeline_of_a_long_recording_says_what_it_shows(tmp_path: Path) -> None:
