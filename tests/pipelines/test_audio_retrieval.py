@@ -101,8 +101,8 @@ def fake_encoder(texts: list[str], path: Any = None) -> TextVectors:
     for text in texts:
         rows = [np.random.default_rng(sum(map(ord, word))).normal(size=16) for word in text.lower().split()]
         tokens.append(torch.tensor(np.array(rows), dtype=torch.float32))
-    vectors = torch.stack([row.mean(0) / row.mean(0).norm() for row in tokens])
-    return TextVectors(vectors, tokens)
+    vectors = [row.mean(0) / row.mean(0).norm() for row in tokens]
+    return TextVectors(torch.stack(vectors) if vectors else torch.zeros(0, 16), tokens)
 
 
 @pytest.fixture
@@ -249,6 +249,16 @@ def test_pairs_that_are_wrong_name_their_row(table: Path, encoder: None, tmp_pat
         pair_data(table, batch_size=1)
 
 
+def test_a_table_for_a_test_alone(table: Path, encoder: None):
+    rows = [{**json.loads(line), "split": "test"} for line in table.read_text().splitlines()]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    data = pair_data(table)
+    data.setup("test")
+    assert len(data.sets["test"]) == 24 and data.schema()["text_dim"] == 16
+    with pytest.raises(UserError, match=r"0 text\(s\) for train, two are needed"):
+        data.setup("fit")
+
+
 def test_queries_that_are_wrong():
     assert check_queries("a bell") == ["a bell"] and check_queries(["a", "b"]) == ["a", "b"]
     for missing in (None, []):
@@ -311,30 +321,13 @@ def test_prompts_are_split_by_their_texts(encoder: None):
 
 # runs -----------------------------------------------------------------------------------------------------------------
 
-SMALL = [
-    "experiment=audio/retrieval",
-    "data=audio_pairs",
-    f"data.sample_rate={RATE}",
-    "data.split_ratio=[0.5,0.25,0.25]",
-    "data.batch_size=8",
-    "data.steps=40",
-    "data.join=2",
-    "mixer.num_heads=2",
-    "model.dim=16",
-    "model.depth=1",
-    "model.embed_dim=16",
-    "model.clip_seconds=0.2",
-    "model.head_drop=0",
-    "+model.front_end.num_mels=16",
-    "task.recall_at=[1,3]",
-    "task.augment={}",
-    "optimizer.lr=2.0e-2",
-    "trainer.max_epochs=2",
-    "trainer.accelerator=cpu",
-    "trainer.log_every_n_steps=10",
-    "logger.tensorboard=false",
-    "callbacks.progress=none",
-]
+SMALL = f"""
+    experiment=audio/retrieval data=audio_pairs data.sample_rate={RATE} data.split_ratio=[0.5,0.25,0.25] data.batch_size=8
+    data.steps=40 data.join=2 mixer.num_heads=2 model.dim=16 model.depth=1 model.embed_dim=16 model.clip_seconds=0.2
+    model.head_drop=0 +model.front_end.num_mels=16 task.recall_at=[1,3] task.augment={{}} optimizer.lr=2.0e-2
+    trainer.max_epochs=2 trainer.accelerator=cpu trainer.log_every_n_steps=10 logger.tensorboard=false
+    callbacks.progress=none
+""".split()
 
 
 def composed(*overrides: str) -> dict[str, Any]:
