@@ -3,9 +3,9 @@
     python benchmarks/audio_stream.py [--minutes 10 60] [--threads 1 2] [--folder DIR]
 
 SEQZOO_DATA is the folder of fsdd and audio_long: spoken digits are planted into the recordings at 16 kHz, so that the
-hour is resampled to the 8 kHz of the model, written as WAV. The detector is the one that experiment=audio/find builds
-(audio_detector_small), after one training step: what it finds costs the same. Two ways: softmax in windows, which is
-the default, and causal Mamba-2 with its state. Each run is a process of its own; its time is that of hearing alone
+hour is resampled to the 8 kHz of the model, written as WAV. The detector is the one that experiment=audio/find builds,
+after one training step: what it finds costs the same. It hears windows, which is the default; find_causal carries its
+state; and softmax in windows. Each run is a process of its own; its time is that of hearing alone
 (what predict prints) and of the whole command, its memory the largest resident set. Writes
 benchmarks/results/audio_stream.{json,md}.
 """
@@ -32,8 +32,9 @@ from seqzoo.pipelines.audio.known import digit_clips
 from seqzoo.pipelines.results import print_table
 
 WAYS: dict[str, list[str]] = {
-    "softmax, windows": [],
-    "mamba2, causal, state": ["mixer=mamba2", "mixer.head_dim=32", "mixer.d_state=64", "model.causal=true"],
+    "mamba2, windows": ["experiment=audio/find"],
+    "mamba2, causal, state": ["experiment=audio/find_causal"],
+    "softmax, windows": ["experiment=audio/find", "mixer=softmax"],
 }
 SOURCE_RATE = 16000
 
@@ -50,7 +51,7 @@ def data_folder() -> Path:
 def command(name: str, *overrides: str, threads: int = 1) -> tuple[float, float]:
     """Wall seconds and the largest resident set in MiB of `lightning <name>` in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}
-    given = [sys.executable, "-m", "seqzoo", name, "experiment=audio/find", *overrides]
+    given = [sys.executable, "-m", "seqzoo", name, *overrides]
     with tempfile.TemporaryFile("w+") as log:
         begin = time.perf_counter()
         process = subprocess.Popen(given, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -85,6 +86,7 @@ def measured(way: str, minutes: float, threads: int, folder: Path, data: Path) -
     run = folder / "predict"
     seconds, memory = command(
         "predict",
+        *WAYS[way],
         f"ckpt_path={trained(way, folder)}",
         f"data.path={recording(minutes, folder, data)}",
         f"hydra.run.dir='{run}'",
