@@ -322,11 +322,11 @@ def test_prompts_are_split_by_their_texts(encoder: None):
 # runs -----------------------------------------------------------------------------------------------------------------
 
 SMALL = f"""
-    experiment=audio/retrieval data=audio_pairs data.sample_rate={RATE} data.split_ratio=[0.5,0.25,0.25] data.batch_size=8
-    data.steps=40 data.join=2 mixer.num_heads=2 model.dim=16 model.depth=1 model.embed_dim=16 model.clip_seconds=0.2
-    model.head_drop=0 +model.front_end.num_mels=16 task.recall_at=[1,3] task.augment={{}} optimizer.lr=2.0e-2
-    trainer.max_epochs=2 trainer.accelerator=cpu trainer.log_every_n_steps=10 logger.tensorboard=false
-    callbacks.progress=none
+    experiment=audio/retrieval data=audio_pairs data.sample_rate={RATE} data.split_ratio=[0.5,0.25,0.25]
+    data.batch_size=8 data.steps=40 data.join=2 mixer.num_heads=2 model.dim=16 model.depth=1 model.embed_dim=16
+    model.clip_seconds=0.2 model.head_drop=0 +model.front_end.num_mels=16 task.recall_at=[1,3] task.augment={{}}
+    optimizer.lr=2.0e-2 trainer.max_epochs=2 trainer.accelerator=cpu trainer.log_every_n_steps=10
+    logger.tensorboard=false callbacks.progress=none
 """.split()
 
 
