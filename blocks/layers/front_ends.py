@@ -53,7 +53,7 @@ class StackedFrames(FrontEnd):
         return self.inner.frames(samples).unflatten(1, (-1, self.stack)).flatten(2)
 
 
-def create_front_end(choice: str | Mapping[str, Any], *, sample_rate: int) -> FrontEnd:
+def create_front_end(choice: str | Mapping[str, Any], *, sample_rate: int) -> StackedFrames:
     """A front end from its name, "log_mel", "mfcc", "patches" or "conv_stem", or {"name": ..., **options}.
 
     sample_rate: in Hz. Options are those of the class, and for all of them stack (frames in a token, 1), norm ("fixed",
