@@ -60,7 +60,7 @@ def create_front_end(choice: str | Mapping[str, Any], *, sample_rate: int) -> St
     "affine", "utterance" or None) and tail, here "pad": no sample is left out. Without others, patches are of 10 ms and
     learned features 64 wide. Raises ValueError for unknown names and options, naming the nearest.
     """
-    options = {"name": choice} if isinstance(choice, str) else dict(choice)
+    options: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = options.pop("name", None)
     if name not in FRONT_ENDS:
         raise ValueError(f"front_end={name!r} is unknown.{did_you_mean(str(name), FRONT_ENDS)}")

@@ -127,8 +127,8 @@ def _windows(
             rows.append(source.samples(left * front.hop_length, stop))
         lengths = torch.tensor([len(row) for row in rows])
         samples = np.zeros((len(rows), int(lengths.max())), dtype=np.float32)
-        for line, row in zip(samples, rows, strict=True):
-            line[: len(row)] = row
+        for line, own in zip(samples, rows, strict=True):
+            line[: len(own)] = own
         starts = torch.tensor([left for left, *_ in group], device=encoder.proj.weight.device)
         out = _encode(encoder, samples, lengths, starts)
         for row, (left, first, last, _) in enumerate(group):
