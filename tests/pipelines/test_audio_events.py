@@ -246,7 +246,18 @@ def test_windows_of_files_are_their_samples(root: Path) -> None:
         pairs = zip(batch["spans"][row].tolist(), batch["classes"][row].tolist(), strict=True)
         found = [(*span, label) for span, label in pairs]
         assert found[:count] == [pytest.approx(span) for span in inside]
-    assert (batch["classes"] >= 0).any(1).float().mean() > 0.6  # half of them are near an event
+
+
+def test_half_of_the_windows_are_near_an_event(root: Path, tmp_path: Path) -> None:
+    rows = []
+    for number in range(3):
+        write(tmp_path / f"{number}.wav", np.zeros(60 * RATE))
+        rows.append(f"{number}.wav,30,30.5,a,{('train', 'val', 'test')[number]}")
+    (tmp_path / "t.csv").write_text("path,start,end,label,split\n" + "\n".join(rows) + "\n")
+    data = AudioEventData("spans", tmp_path / "t.csv", sample_rate=RATE, window=2.0, overlap=True)
+    data.setup("fit")
+    heard = (data._windows()[np.arange(300)]["classes"] >= 0).any(1).float().mean()
+    assert 0.42 < heard < 0.64  # a half, and of the others 2.5 of 58 seconds
 
 
 def test_windows_longer_than_a_recording_are_filled_up(root: Path) -> None:
