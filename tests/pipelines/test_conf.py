@@ -66,7 +66,15 @@ TEXT_DATA = ("stdlib", "text")
 # The task that reads a file of the group data, and arguments which that file has no use for.
 CLIPS = {"hub_split", "prompts_folder"}
 COMPOSED = {"clips", "protocol", "backgrounds", "background_parts", "snr_db", "test_snr_db", "events_per_minute"}
-COMPOSED |= {"train_events_per_minute", "min_gap", "level_db", "train_speed", "val_recordings", "val_minutes"}
+COMPOSED |= {
+    "train_events_per_minute",
+    "train_equalizer_db",
+    "min_gap",
+    "level_db",
+    "train_speed",
+    "val_recordings",
+    "val_minutes",
+}
 COMPOSED |= {"test_recordings", "test_minutes"}
 AUDIO_DATA: dict[str, tuple[str, set[str]]] = {
     "audio_clips": ("audio_classify", {"protocol", *CLIPS}),
