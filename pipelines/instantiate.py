@@ -19,7 +19,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -241,29 +241,3 @@ def resolve_mixer_target(
             f"or trust its package with --allow {target.__module__.split('.')[0]}"
         )
     return target
-
-
-def mixer_class(model: dict[str, Any], cfg: dict[str, Any]) -> type[Mixer] | None:
-    """The class of a user's own mixer (`mixer._target_`) in a model's options, None when it is one of the registry."""
-    mixer = model.get("mixer")
-    if not isinstance(mixer, dict) or "_target_" not in mixer:
-        return None
-    return resolve_mixer_target(
-        mixer["_target_"],
-        allow=cfg.get("allow", ()),
-        command_line_targets=cfg.get("command_line_targets", ()),
-    )
-
-
-def mixer_name(model: dict[str, Any]) -> str:
-    """What mixes, as a word: "s4d", or "mamba2 + softmax" for a hybrid."""
-    mixer = model.get("mixer", "softmax")
-    parts = mixer if isinstance(mixer, (list, tuple)) else [mixer]
-    names = [part if isinstance(part, str) else str(part.get("name", part.get("_target_"))) for part in parts]
-    return " + ".join(dict.fromkeys(names))
-
-
-def with_class(mixer: dict[str, Any], own: type[Mixer]) -> Callable[..., Mixer]:
-    """A factory of a user's own mixer class with the options that stand beside `_target_`."""
-    options = {k: v for k, v in mixer.items() if k not in ("_target_", "name")}
-    return lambda dim, **more: own(dim, **{**options, **more})

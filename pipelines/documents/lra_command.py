@@ -63,7 +63,7 @@ def _run_row(folder: Path) -> dict[str, Any] | None:
     """The row of one run folder; None where it is of another task, untested, or unreadable."""
     import yaml
 
-    from ..instantiate import mixer_name
+    from ..nets import mixer_name
 
     try:
         cfg = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

@@ -7,11 +7,10 @@ from typing import Any
 from ...blocks.layers.positions import LearnedPosition
 from ...blocks.protocol import Mixer
 from ...blocks.sequence_model import SequenceOutput
-from ...zoo import create_model
 from ...zoo.classifier import SequenceClassifier
 from ..classification import Batch, ClassificationModule
 from ..errors import UserError
-from ..instantiate import with_class
+from ..nets import create_net
 
 
 def model_arguments(model: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -61,14 +60,7 @@ class DocumentModule(ClassificationModule):
         )
         self.task, self.schema = dict(task), dict(schema)
         options = model_arguments(model, schema)
-        if mixer_class is not None:
-            options["mixer"] = with_class(options["mixer"], mixer_class)
-        net = create_model(model["name"], **options)
-        if not isinstance(net, SequenceClassifier):
-            raise UserError(f"model {model['name']!r} is no classifier of documents")
-        self.net = net
-        if mixer_class is not None:
-            self.net.config["options"]["mixer"] = mixer_class
+        self.net = create_net(model["name"], options, mixer_class, SequenceClassifier, "classifier of documents")
         self.net.backbone.set_grad_checkpointing(bool(task.get("grad_checkpointing")))
         self.test_sums = self.new_sums()
 

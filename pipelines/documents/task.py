@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoints import check_same_run, saved_parameters
 from ..classification import check_output, report_classes, report_labels
 from ..errors import UserError
-from ..instantiate import mixer_class, mixer_name
+from ..nets import mixer_class, mixer_name
 from .data import DocumentData
 from .module import DocumentModule
 

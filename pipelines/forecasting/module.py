@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...blocks.layers.distributions import OutputDistribution, StudentTOutput
 from ...blocks.protocol import Mixer
-from ...zoo import Forecaster, create_model, list_models, model_info
+from ...zoo import Forecaster, list_models, model_info
 from ..errors import UserError
-from ..instantiate import with_class
+from ..nets import create_net
 from ..training import TrainingModule
 from .baselines import drift, mean, naive, seasonal_naive
 from .calendar import seasonality
@@ -79,15 +79,8 @@ class ForecastModule(TrainingModule):
             {"model": model, "task": task, "optimizer": optimizer, "scheduler": scheduler, "schema": schema}
         )
         arguments = model_arguments(model, task, schema)
-        if mixer_class is not None:
-            arguments["mixer"] = with_class(arguments.get("mixer", {}), mixer_class)
-        net = create_model(model["name"], **arguments)
-        if not isinstance(net, Forecaster):
-            raise UserError(f"model {model['name']!r} is no forecaster")
-        self.net: Forecaster = net
+        self.net: Forecaster = create_net(model["name"], arguments, mixer_class, Forecaster, "forecaster")
         self.loss_name = f"{task['loss']} loss"
-        if mixer_class is not None:
-            self.net.config["options"]["mixer"] = mixer_class
         self.output: OutputDistribution = self.net.output
         self.schema = schema
         self.scaler = StandardScaler.from_dict(schema["scaler"])

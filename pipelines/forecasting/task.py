@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoints import saved_parameters
 from ..errors import UserError
-from ..instantiate import mixer_class
+from ..nets import mixer_class
 from ..results import print_table, write_csv, write_metrics
 from .data import ForecastData
 from .module import ForecastModule

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ...blocks.layers.positions import LearnedPosition
 from ...blocks.protocol import Mixer, State, detach_state, map_state, reset_rows
-from ...zoo import LanguageModel, create_model, model_info
+from ...zoo import LanguageModel, model_info
 from ..errors import UserError
-from ..instantiate import with_class
+from ..nets import create_net
 from ..training import TrainingModule
 from .data import TextData
 from .masking import mask_tokens
@@ -65,14 +65,7 @@ class LanguageModule(TrainingModule):
         )
         self.task, self.schema = dict(task), dict(schema)
         options = model_arguments(model, task, schema)
-        if mixer_class is not None:
-            options["mixer"] = with_class(options["mixer"], mixer_class)
-        net = create_model(model["name"], **options)
-        if not isinstance(net, LanguageModel):
-            raise UserError(f"model {model['name']!r} is no language model")
-        self.net = net
-        if mixer_class is not None:
-            self.net.config["options"]["mixer"] = mixer_class
+        self.net = create_net(model["name"], options, mixer_class, LanguageModel, "language model")
         self.net.backbone.set_grad_checkpointing(bool(task["grad_checkpointing"]))
         if task["carry_state"]:
             self._check_carry(model["name"])

@@ -12,7 +12,7 @@ import torch
 from ..atomic import atomic_write_text
 from ..checkpoints import check_same_run, saved_parameters
 from ..errors import UserError, nearest
-from ..instantiate import mixer_class
+from ..nets import mixer_class
 from ..results import print_table, write_csv, write_metrics
 from .data import PROTOCOLS, TextData
 from .module import LanguageModule, constant_state

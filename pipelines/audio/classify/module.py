@@ -8,12 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....blocks.protocol import Mixer
-from ....zoo import create_model
 from ....zoo._audio import AudioOutput
 from ....zoo.audio import AudioClassifier
 from ...classification import Batch, ClassificationModule
-from ...errors import UserError
-from ...instantiate import with_class
+from ...nets import create_net
 from ..augmenting import Augmentation, step_generator
 
 
@@ -45,14 +43,7 @@ class AudioClipModule(ClassificationModule):
         self.augment = Augmentation.create(task.get("augment"))
         options = {k: v for k, v in model.items() if k != "name"}
         options |= {"num_classes": len(schema["labels"]), "sample_rate": schema["sample_rate"]}
-        if mixer_class is not None:
-            options["mixer"] = with_class(options["mixer"], mixer_class)
-        net = create_model(model["name"], **options)
-        if not isinstance(net, AudioClassifier):
-            raise UserError(f"model {model['name']!r} is no classifier of recordings")
-        self.net = net
-        if mixer_class is not None:
-            self.net.config["options"]["mixer"] = mixer_class
+        self.net = create_net(model["name"], options, mixer_class, AudioClassifier, "classifier of recordings")
         self.net.set_grad_checkpointing(bool(task.get("grad_checkpointing")))
         self.test_sums = self.new_sums()
 

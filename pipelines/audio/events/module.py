@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....blocks.protocol import Mixer
-from ....zoo import create_model
 from ....zoo.audio import EventDetector
 from ...errors import UserError, nearest
-from ...instantiate import with_class
+from ...nets import create_net
 from ...training import TrainingModule
 from ..augmenting import Augmentation, step_generator
 from ..streaming import Source, stream
@@ -108,14 +107,7 @@ class AudioEventModule(TrainingModule):
             )
         options = {k: v for k, v in model.items() if k != "name"}
         options |= {"num_classes": len(schema["labels"]), "sample_rate": schema["sample_rate"]}
-        if mixer_class is not None:
-            options["mixer"] = with_class(options["mixer"], mixer_class)
-        net = create_model(model["name"], **options)
-        if not isinstance(net, EventDetector):
-            raise UserError(f"model {model['name']!r} is no detector of events")
-        self.net = net
-        if mixer_class is not None:
-            self.net.config["options"]["mixer"] = mixer_class
+        self.net = create_net(model["name"], options, mixer_class, EventDetector, "detector of events")
         self.net.set_grad_checkpointing(bool(task.get("grad_checkpointing")))
         self.windows()  # raises for those that cannot be
         fixed = task.get("threshold")

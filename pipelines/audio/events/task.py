@@ -9,7 +9,7 @@ import numpy as np
 
 from ...checkpoints import check_same_run, saved_parameters
 from ...errors import UserError
-from ...instantiate import mixer_class, mixer_name
+from ...nets import mixer_class, mixer_name
 from ...results import print_table, write_csv, write_metrics
 from .baseline import MARGINS, chance_spans, energy_spans, frame_levels, over_background
 from .data import AudioEventData

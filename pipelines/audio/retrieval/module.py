@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ....blocks.protocol import Mixer
-from ....zoo import create_model
 from ....zoo.audio_text import AudioTextModel, ClipOutput
 from ...errors import UserError
-from ...instantiate import with_class
+from ...nets import create_net
 from ...training import TrainingModule
 from ..augmenting import Augmentation, step_generator
 from ..text_vectors import pad_tokens
@@ -76,14 +75,7 @@ class AudioTextModule(TrainingModule):
             raise UserError("task.augment.mixup mixes labels; data.join puts recordings with their texts together")
         options = {k: v for k, v in model.items() if k != "name"}
         options |= {"sample_rate": schema["sample_rate"], "text_dim": schema["text_dim"]}
-        if mixer_class is not None:
-            options["mixer"] = with_class(options["mixer"], mixer_class)
-        net = create_model(model["name"], **options)
-        if not isinstance(net, AudioTextModel):
-            raise UserError(f"model {model['name']!r} is no model of recordings and texts")
-        self.net = net
-        if mixer_class is not None:
-            self.net.config["options"]["mixer"] = mixer_class
+        self.net = create_net(model["name"], options, mixer_class, AudioTextModel, "model of recordings and texts")
         self.net.set_grad_checkpointing(bool(task.get("grad_checkpointing")))
         self.tested: dict[str, Any] = {}
 

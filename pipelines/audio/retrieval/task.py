@@ -8,7 +8,7 @@ from typing import Any
 from ...checkpoints import check_same_run, saved_parameters
 from ...classification import check_output
 from ...errors import UserError
-from ...instantiate import mixer_class, mixer_name
+from ...nets import mixer_class, mixer_name
 from ...results import print_table, write_csv, write_metrics
 from .data import AudioPairData
 from .module import DIRECTIONS, AudioTextModule
