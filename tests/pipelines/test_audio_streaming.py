@@ -24,10 +24,8 @@ def recording(tmp_path):
 
 def detector(mixer, **options):
     torch.manual_seed(0)
-    model = create_model(
-        "audio_detector_tiny", num_classes=3, sample_rate=RATE, front_end=FRONT, dim=16, mixer=mixer, **options
-    )
-    return model.eval()
+    options = {"num_classes": 3, "sample_rate": RATE, "front_end": FRONT, "dim": 16, "position": "none", **options}
+    return create_model("audio_detector_tiny", mixer=mixer, **options).eval()
 
 
 def collected(model, reader, **options):
