@@ -124,17 +124,21 @@ def main() -> None:
                     row = measured(way, minutes, threads, folder, data)
                     rows[way, minutes, threads] = row
                     print(row, flush=True)
-    write(list(rows.values()), settings, given.out)
+    command = "python benchmarks/audio_stream.py --threads " + " ".join(map(str, given.threads))
+    write(list(rows.values()), settings, command, given.out)
 
 
-def write(rows: list[dict[str, Any]], settings: dict[str, Any], folder: Path) -> None:
+def write(rows: list[dict[str, Any]], settings: dict[str, Any], command: str, folder: Path) -> None:
     """Both files; memory also beside that of the shortest recording of the same model."""
     for row in rows:
         same = [other for other in rows if (other["model"], other["threads"]) == (row["model"], row["threads"])]
         shortest = min(same, key=lambda other: other["minutes"])
         row["of the shortest"] = round(row["peak MiB"] / shortest["peak MiB"], 3)
-    path = write_result(NAME, {"settings": settings, "hardware": hardware(torch.device("cpu")), "rows": rows}, folder)
-    command = json.loads(path.read_text(encoding="utf-8"))["command"]
+    path = write_result(
+        NAME,
+        {"settings": settings, "command": command, "hardware": hardware(torch.device("cpu")), "rows": rows},
+        folder,
+    )
     page = [
         "# Hearing hours",
         f"`{command}`, on a CPU. Digits are planted into recordings of 16 kHz, which the detector of "
