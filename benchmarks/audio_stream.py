@@ -134,11 +134,8 @@ def write(rows: list[dict[str, Any]], settings: dict[str, Any], command: str, fo
         same = [other for other in rows if (other["model"], other["threads"]) == (row["model"], row["threads"])]
         shortest = min(same, key=lambda other: other["minutes"])
         row["of the shortest"] = round(row["peak MiB"] / shortest["peak MiB"], 3)
-    path = write_result(
-        NAME,
-        {"settings": settings, "command": command, "hardware": hardware(torch.device("cpu")), "rows": rows},
-        folder,
-    )
+    record = {"settings": settings, "command": command, "hardware": hardware(torch.device("cpu")), "rows": rows}
+    path = write_result(NAME, record, folder)
     page = [
         "# Hearing hours",
         f"`{command}`, on a CPU. Digits are planted into recordings of 16 kHz, which the detector of "
