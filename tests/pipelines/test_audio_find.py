@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 
 soundfile = pytest.importorskip("soundfile", reason="needs seqzoo[audio]")
 pytest.importorskip("torchaudio", reason="needs seqzoo[audio]")
@@ -166,3 +167,10 @@ def test_the_overview_is_the_mean_energy_of_each_column(folder: Path) -> None:
     overview.scored(224, np.array([[0.9, 0.4]]))
     np.testing.assert_allclose(overview.scores[[0, -1]], [[0.3, 0.2], [0.9, 0.4]], rtol=1e-6)
     assert not overview.scores[1:-1].any()
+
+
+def test_a_query_can_be_given_on_the_command_line() -> None:
+    with initialize_config_module("seqzoo.conf", version_base="1.3"):
+        for task in ("audio_events", "audio_retrieval"):
+            cfg = compose("config", overrides=[f"task={task}", "task.query=[rain, a door]"])
+            assert list(cfg.task.query) == ["rain", "a door"]
