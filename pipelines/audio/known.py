@@ -15,6 +15,7 @@ PROMPTS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 PROMPTS_PACKAGE = "asterisk-core-sounds-en-wav"
 DIGITS = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 _TEST_TAKES = 5
+_KINDS = ("digits", "letters", "phonetic")
 
 
 def digit_clips(
@@ -90,6 +91,17 @@ def prompt_clips(path: str | Path | None = None, folder: str | None = None) -> l
     if not files:
         raise UserError(f"{root} has no audio files; Debian and Ubuntu have them: apt-get install {PROMPTS_PACKAGE}")
     return [Clip(file, 0.0, None, file.relative_to(root).with_suffix("").as_posix()) for file in files]
+
+
+def prompts_by_kind(path: str | Path | None = None) -> list[Clip]:
+    """The prompts with what they say as labels: "digits", "letters", "phonetic" (alpha, bravo ...) or "phrases", all
+    others; the recordings of silence are left out. Raises UserError as `prompt_clips` does."""
+    found = []
+    for clip in prompt_clips(path):
+        kind = clip.label.split("/")[0] if "/" in clip.label else ""
+        if kind != "silence":
+            found.append(clip._replace(label=kind if kind in _KINDS else "phrases"))
+    return found
 
 
 def prompt_text(label: str) -> str:

@@ -22,7 +22,7 @@ from seqzoo.pipelines.audio.clips import (  # noqa: E402
     shared_between,
 )
 from seqzoo.pipelines.audio.faults import AudioError  # noqa: E402
-from seqzoo.pipelines.audio.known import PROMPTS, digit_clips, prompt_clips, prompt_text  # noqa: E402
+from seqzoo.pipelines.audio.known import PROMPTS, digit_clips, prompt_clips, prompt_text, prompts_by_kind  # noqa: E402
 from seqzoo.pipelines.audio.reader import AudioReader  # noqa: E402
 from seqzoo.pipelines.audio.skipping import BadFiles, checked_clips, read_or_skip  # noqa: E402
 from seqzoo.pipelines.audio.sources import folder_clips, named_clips, table_clips  # noqa: E402
@@ -351,6 +351,10 @@ def test_prompts() -> None:
     assert len(read_clip(prompt_clips(folder="digits")[7], sample_rate=16000)) > 1600
     with pytest.raises(UserError, match=r"no folder 'digit'\. Did you mean digits"):
         prompt_clips(folder="digit")
+    kinds = Counter(clip.label for clip in prompts_by_kind())
+    assert set(kinds) == {"digits", "letters", "phonetic", "phrases"} and kinds["digits"] == 94
+    silent = sum(clip.label.startswith("silence/") for clip in clips)
+    assert sum(kinds.values()) == 568 - silent and silent > 0
 
 
 def test_prompts_that_are_not_installed(tmp_path: Path) -> None:

@@ -64,7 +64,6 @@ NEEDED |= {
 }
 TEXT_DATA = ("stdlib", "text")
 # The task that reads a file of the group data, and arguments which that file has no use for.
-CLIPS = {"hub_split", "prompts_folder"}
 COMPOSED = {"clips", "protocol", "backgrounds", "background_parts", "snr_db", "test_snr_db", "events_per_minute"}
 COMPOSED |= {
     "train_events_per_minute",
@@ -77,8 +76,8 @@ COMPOSED |= {
 }
 COMPOSED |= {"test_recordings", "test_minutes"}
 AUDIO_DATA: dict[str, tuple[str, set[str]]] = {
-    "audio_clips": ("audio_classify", {"protocol", *CLIPS}),
-    "digits": ("audio_classify", {"pattern", *CLIPS}),
+    "audio_clips": ("audio_classify", {"protocol", "hub_split"}),
+    "digits": ("audio_classify", {"pattern", "hub_split"}),
     "audio_pairs": ("audio_retrieval", set()),
     "audio_prompts": ("audio_retrieval", {"hub_split"}),
     "composed": ("audio_events", {"columns"}),

@@ -18,7 +18,7 @@ from ...loading import BucketSampler, IndexSampler, ResumableLoader, loader_opti
 from ..clips import SPLITS, Clip, assign_splits, read_clip, shared_between
 from ..faults import LEAST_RATE
 from ..hub import hub_clips
-from ..known import digit_clips, prompt_clips
+from ..known import digit_clips, prompts_by_kind
 from ..reader import AudioReader
 from ..skipping import BadFiles, checked_clips, read_or_skip
 from ..sources import folder_clips, named_clips, table_clips
@@ -76,8 +76,8 @@ class AudioClipData(L.LightningDataModule):
 
     source: "files", the user's own at `path`: a folder whose sub-folders are labels, a folder with a `pattern` of its
     file names ("{label}_{speaker}_{take}"), or a CSV, TSV or JSONL table; "digits", the Free Spoken Digit Dataset in
-    the folder `path` with its `protocol`, "official" or "speakers"; "prompts", those that Debian packages, or their
-    folder `prompts_folder`; "hub", the Hugging Face dataset `path` and its `hub_split`. path_column, label_column,
+    the folder `path` with its `protocol`, "official" or "speakers"; "prompts", those that Debian packages (or the
+    folder `path`) by their kind; "hub", the Hugging Face dataset `path` and its `hub_split`. path_column, label_column,
     start_column, end_column, group_column, split_column: of a table, None for the usual names. split_ratio: parts of
     train, val and test where the files do not say; what shares a file or a group (a speaker) goes together.
     sample_rate: Hz that everything is resampled to. max_seconds: of a clip, what lies behind is left out; None: all.
@@ -95,7 +95,6 @@ class AudioClipData(L.LightningDataModule):
         *,
         pattern: str | None = None,
         protocol: str = "official",
-        prompts_folder: str | None = None,
         hub_split: str = "train",
         path_column: str | None = None,
         label_column: str | None = None,
@@ -132,7 +131,7 @@ class AudioClipData(L.LightningDataModule):
         if max_seconds is not None and not max_seconds > 0:
             raise UserError(f"data.max_seconds={max_seconds} must be above 0, or null for all of a clip")
         self.source, self.path = source, None if path is None else str(path)
-        self.pattern, self.protocol, self.prompts_folder, self.hub_split = pattern, protocol, prompts_folder, hub_split
+        self.pattern, self.protocol, self.hub_split = pattern, protocol, hub_split
         self.columns = {"path": path_column, "label": label_column, "start": start_column, "end": end_column}
         self.columns |= {"group": group_column, "split": split_column}
         self.split_ratio, self.split_seed = tuple(split_ratio), split_seed
@@ -257,7 +256,7 @@ class AudioClipData(L.LightningDataModule):
 
     def _clips(self) -> list[Clip]:
         if self.source == "prompts":
-            return prompt_clips(self.path, self.prompts_folder)
+            return prompts_by_kind(self.path)
         if self.path is None:
             raise UserError(
                 "data.path is missing: a folder whose sub-folders are labels, a CSV or JSONL table, or a folder with "
@@ -280,7 +279,7 @@ class AudioClipData(L.LightningDataModule):
         if self.source == "digits":
             return f"spoken digits, {self.protocol} split"
         if self.source == "prompts":
-            return "telephone prompts" + (f", {self.prompts_folder}" if self.prompts_folder else "")
+            return "telephone prompts"
         return Path(str(self.path)).name
 
 

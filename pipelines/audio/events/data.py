@@ -16,7 +16,7 @@ from ...loading import IndexSampler, ResumableLoader, loader_options
 from ..backgrounds import Background, cut_backgrounds
 from ..clips import SPLITS, Clip, assign_splits, check_overlaps
 from ..composer import Composer
-from ..known import digit_clips, prompt_clips
+from ..known import digit_clips, prompts_by_kind
 from ..reader import AudioReader
 from ..skipping import BadFiles, checked_clips
 from ..sources import folder_clips, table_clips
@@ -156,9 +156,7 @@ class AudioEventData(L.LightningDataModule):
     def _clips(self) -> list[Clip]:
         if self.clips == "prompts":
             # prompts are recorded once each: what they have in common is what kind they are
-            found = [clip._replace(label=_kind(clip.label)) for clip in prompt_clips(self.path)]
-            found = [clip for clip in found if clip.label != "silence"]  # nothing of which can be heard
-            return assign_splits(found, self.split_ratio, seed=self.split_seed)
+            return assign_splits(prompts_by_kind(self.path), self.split_ratio, seed=self.split_seed)
         if self.path is None:
             raise UserError(f"data.path is missing: the folder of the clips to plant, data.clips={self.clips}")
         if self.clips == "folder":
@@ -341,8 +339,3 @@ def _seconds(clip: Clip) -> float:
         return clip.end - clip.start
     with AudioReader(clip.path) as reader:
         return reader.info.duration - clip.start
-
-
-def _kind(prompt: str) -> str:
-    """ "digits/7" is of the kind "digits", "vm-goodbye" one of the "phrases"."""
-    return prompt.split("/")[0] if "/" in prompt else "phrases"
