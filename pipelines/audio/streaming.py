@@ -76,8 +76,8 @@ def stream(
     A model that streams (`encoder.streaming`) reads `piece_seconds` at a time and carries its state: the values are
     those of the whole recording up to rounding. Any other reads windows of piece_seconds with context_seconds more on
     either side, of whose tokens it gives the middle ones: the same up to rounding when no token sees further than the
-    context (softmax with window_size w over n blocks: n (w - 1) tokens), otherwise near them; positions of the backbone
-    and a norm of whole recordings ("utterance") are then those of windows. batch_size: windows at once.
+    context (softmax with window_size w over n blocks: n (w - 1) tokens), otherwise others, without a bound; positions
+    of the backbone and a norm of whole recordings ("utterance") are then those of windows. batch_size: windows at once.
 
     Raises UserError for a source of another sample rate and for lengths that are not above 0 (context: below 0).
     """
