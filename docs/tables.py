@@ -97,6 +97,12 @@ def backends_of(op: str) -> list[str]:
     return list(backends()[op])
 
 
+def takes_any_mixer(model: str) -> bool:
+    """Whether `mixer=...` of the command puts another one into a model: its file says so."""
+    path = ROOT / "conf" / "model" / f"{model}.yaml"
+    return path.is_file() and "mixer: ${mixer}" in path.read_text(encoding="utf-8")
+
+
 def models() -> str:
     """A row per family: models that differ in their size only share one."""
     from seqzoo.zoo import list_models, model_info
@@ -116,7 +122,7 @@ def models() -> str:
                 "names": " ".join(f"`{info.name}`" for info in members),
                 "task": task,
                 "defined by": paper(first.paper),
-                "mixer": "any" if first.options.get("mixer") == "softmax" and task == "forecasting" else "its own",
+                "mixer": "any" if takes_any_mixer(first.name) else "its own",
                 "the smallest": first.summary,
             }
         )

@@ -253,6 +253,22 @@ def test_a_model_refuses_other_labels_and_rates(
         run("test", tmp_path / "t", checkpoint, f"data.path={tmp_path / 'more'}")
 
 
+def test_fewer_training_clips_are_of_all_labels(tones: Path) -> None:
+    data = training(tones, limit=12)
+    assert len(data.sets["train"]) == 12 and (data.counts("train") > 0).all()
+    assert [clip.name for clip in data.sets["train"]] == [clip.name for clip in training(tones, limit=12).sets["train"]]
+
+
+def test_clips_of_one_recording_are_told_apart(fitted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.concatenate([tone(150, 0.4), tone(800, 0.4)]), RATE)
+    (tmp_path / "spans.csv").write_text("path,start,end,label\na.wav,0,0.4,low\na.wav,0.4,0.8,high\n")
+    checkpoint = f"ckpt_path={fitted[0] / 'checkpoints' / 'best.ckpt'}"
+    metrics = run("predict", tmp_path / "p", checkpoint, f"data.path={tmp_path / 'spans.csv'}")
+    found = rows(tmp_path / "p" / "predictions.csv")
+    assert [row["clip"].removeprefix(str(tmp_path)) for row in found] == ["/a.wav 0-0.4", "/a.wav 0.4-0.8"]
+    assert metrics["accuracy"] == 1.0
+
+
 def test_clips_are_cut_at_max_seconds(tones: Path) -> None:
     data = training(tones, max_seconds=0.25)
     batch = next(iter(data.val_dataloader()))

@@ -81,7 +81,7 @@ class AudioClipData(L.LightningDataModule):
     start_column, end_column, group_column, split_column: of a table, None for the usual names. split_ratio: parts of
     train, val and test where the files do not say; what shares a file or a group (a speaker) goes together.
     sample_rate: Hz that everything is resampled to. max_seconds: of a clip, what lies behind is left out; None: all.
-    limit: train on the first so many. bucket: batches of similar lengths. steps: training batches in an epoch (default:
+    limit: train on so many, seeded. bucket: batches of similar lengths. steps: training batches in an epoch (default:
     all clips once). batch_size, eval_batch_size: clips. split_seed: of the splits. seed: of the shuffling.
 
     `tested` (False: a fit needs no test clips) may be set before `setup`. Raises UserError in the constructor for
@@ -163,7 +163,9 @@ class AudioClipData(L.LightningDataModule):
             if clip.label not in self.labels:
                 raise UserError(f"no training clip that can be read has the label {clip.label!r}, {clip.name} has it")
         if self.limit is not None:
-            sets["train"] = sets["train"][: self.limit]
+            # seeded order, so that it takes of all labels
+            order = np.random.default_rng(self.split_seed).permutation(len(sets["train"]))
+            sets["train"] = [sets["train"][row] for row in sorted(order[: self.limit].tolist())]
         for stage, clips in sets.items():
             self.sets[stage], longer = cut(clips, self.max_seconds)
             if longer:

@@ -28,7 +28,7 @@ def classify(trainer: Any, module: AudioClipModule, data: AudioClipData) -> list
     if longer:
         print(f"{longer:,} clip(s) are cut at {schema['max_seconds']:g} seconds, as in training", flush=True)
     found = trainer.predict(module, dataloaders=data.evaluation(clips), return_predictions=True)
-    names = [clip.name + (f" {clip.start:g}-{clip.end:g}" if clip.start else "") for clip in clips]
+    names = [clip.name + ("" if clip.end is None else f" {clip.start:g}-{clip.end:g}") for clip in found_clips]
     given = [clip.label if known else None for clip in clips]
     return answered(found, names, given, schema["labels"], item="clip")
 

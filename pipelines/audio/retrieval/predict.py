@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...errors import UserError, nearest
+from ...errors import UserError
 from ...labelled_tables import TABLES
 from ...loading import IndexSampler, loader_options
 from ..classify.data import ClipBatches, durations
 from ..clips import Clip
 from ..skipping import checked_clips
-from ..sources import SUFFIXES, audio_files
+from ..sources import recordings_in
 from ..text_vectors import encode_texts
 from .data import AudioPairData
 from .module import AudioTextModule
@@ -122,13 +122,7 @@ def _recordings(data: AudioPairData) -> list[Clip]:
         return data.sets["test"]
     if data.path is None:
         raise UserError("data.path is missing: a recording, a folder of recordings, or a CSV or JSONL table of pairs")
-    path = Path(data.path).expanduser()
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"no such file or folder: {path}.{nearest(path.name, siblings)}")
+    files, path = recordings_in(data.path), Path(data.path)
     if path.suffix.lower() in TABLES:
         return checked_clips(data.pairs())
-    files = [path] if path.is_file() else audio_files(path)
-    if not files:
-        raise UserError(f"{path} has no audio file ({', '.join(SUFFIXES)})")
     return checked_clips([Clip(file, 0.0, None, "") for file in files])
