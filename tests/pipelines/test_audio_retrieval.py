@@ -182,6 +182,23 @@ def test_a_batch_has_samples_texts_and_words(table: Path, encoder: None):
     assert "tokens" not in next(iter(data.val_dataloader()))
 
 
+def test_what_replaces_a_bad_recording_has_its_own_text(table: Path, encoder: None):
+    """A file that breaks after the split is counted; the next one stands in its row, with its text and number."""
+    data = pair_data(table)
+    data.setup("fit")
+    assert data.bad is not None
+    path = Path(data.sets["train"][4].name)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"1 of 12 audio files were skipped: 1 cut off, more than 5%"):
+        data.batches("train", data.bad)[np.array([4])]
+    data.bad.most = 0.5
+    batch = data.batches("train", data.bad)[np.array([3, 4])]
+    assert batch["clip"].tolist() == [3, 5] and data.bad.causes == {"cut off": 1}
+    for row, number in enumerate((3, 5)):
+        torch.testing.assert_close(batch["text"][row], fake_encoder([data.sets["train"][number].label]).vectors[0])
+        assert batch["group"][row] == match_groups(data.sets["train"])[number]
+
+
 def test_joined_rows_are_recordings_one_after_the_other_with_their_texts(table: Path, encoder: None):
     data = pair_data(table, join=3, max_seconds=1.6)
     data.setup("fit")
