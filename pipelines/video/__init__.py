@@ -1,0 +1,1 @@
+"""Long video: footage in, moments, labels and vectors out."""
