@@ -27,9 +27,9 @@ from seqzoo.pipelines.audio.retrieval import data as data_module
 from seqzoo.pipelines.audio.retrieval.data import AudioPairData, match_groups
 from seqzoo.pipelines.audio.retrieval.predict import _clip_vectors, check_queries
 from seqzoo.pipelines.audio.retrieval.scores import chance, check_recall_at, places, ranks, recall_at, retrieval_scores
-from seqzoo.pipelines.audio.text_vectors import TextVectors
 from seqzoo.pipelines.errors import UserError
 from seqzoo.pipelines.run import execute
+from seqzoo.pipelines.text_vectors import TextVectors
 from seqzoo.zoo import load_model
 
 RATE = 4000

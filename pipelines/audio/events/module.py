@@ -283,7 +283,7 @@ def label_text(label: str) -> str:
 
 
 def _vectors(texts: list[str]) -> Tensor:
-    from ..text_vectors import text_vectors
+    from ...text_vectors import text_vectors
 
     return text_vectors(texts)
 

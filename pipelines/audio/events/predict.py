@@ -13,6 +13,7 @@ import torch
 from ...classification import check_output
 from ...errors import UserError, nearest
 from ...results import print_table, write_csv
+from ...text_vectors import text_vectors
 from ..clips import Clip
 from ..faults import AudioError
 from ..overview import Overview
@@ -21,7 +22,6 @@ from ..reader import AudioReader
 from ..skipping import checked_clips
 from ..sources import recordings_in
 from ..streaming import FileSource, stream
-from ..text_vectors import text_vectors
 from .decoding import EventDecoder, Span
 from .module import AudioEventModule
 

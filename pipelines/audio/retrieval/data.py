@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ...errors import UserError, check_whole, nearest
 from ...loading import BucketSampler, IndexSampler, ResumableLoader, loader_options
+from ...text_vectors import TextVectors, encode_texts, pad_tokens
 from ..classify.data import ClipBatches, durations
 from ..clips import SPLITS, Clip, assign_splits, shared_between
 from ..faults import LEAST_RATE
@@ -22,7 +23,6 @@ from ..hub import hub_clips
 from ..known import prompt_clips, prompt_text
 from ..skipping import BadFiles, checked_clips
 from ..sources import table_clips
-from ..text_vectors import TextVectors, encode_texts, pad_tokens
 
 SOURCES = ("pairs", "prompts", "hub")
 # Recordings from which the statistics of the features are taken.

@@ -13,9 +13,9 @@ from ....blocks.protocol import Mixer
 from ....zoo.audio_text import AudioTextModel, ClipOutput
 from ...errors import UserError
 from ...nets import create_net
+from ...text_vectors import pad_tokens
 from ...training import TrainingModule
 from ..augmenting import Augmentation, step_generator
-from ..text_vectors import pad_tokens
 from .scores import chance, places, ranks, retrieval_scores
 
 Batch = dict[str, Tensor]

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from ...errors import UserError
 from ...labelled_tables import TABLES
 from ...loading import IndexSampler, loader_options
+from ...text_vectors import encode_texts
 from ..classify.data import ClipBatches, durations
 from ..clips import Clip
 from ..skipping import checked_clips
 from ..sources import recordings_in
-from ..text_vectors import encode_texts
 from .data import AudioPairData
 from .module import AudioTextModule
 

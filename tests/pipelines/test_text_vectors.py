@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqzoo.pipelines.audio import text_vectors as module
-from seqzoo.pipelines.audio.text_vectors import encode_texts, model_folder, pad_tokens, text_vectors, token_vectors
+from seqzoo.pipelines import text_vectors as module
 from seqzoo.pipelines.errors import UserError
+from seqzoo.pipelines.text_vectors import encode_texts, model_folder, pad_tokens, text_vectors, token_vectors
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the independent implementation")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers (seqzoo[text]) is not installed")
