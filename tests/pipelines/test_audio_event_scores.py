@@ -17,8 +17,9 @@ from seqzoo.pipelines.audio.events.baseline import (
     over_background,
 )
 from seqzoo.pipelines.audio.events.decoding import EventDecoder, Span, decode_events
-from seqzoo.pipelines.audio.events.scores import EventSums, match_events, segment_activity, span_iou, union
+from seqzoo.pipelines.audio.events.scores import EventSums, match_events, segment_activity
 from seqzoo.pipelines.errors import UserError
+from seqzoo.pipelines.spans import span_iou, union
 
 
 def spans_of(values: list[float], **options: Any) -> list[tuple[float, float]]:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError, check_whole, nearest
 from ...loading import IndexSampler, ResumableLoader, loader_options
+from ...spans import union
 from ..backgrounds import Background, cut_backgrounds
 from ..clips import SPLITS, Clip, assign_splits, check_overlaps
 from ..composer import Composer
@@ -30,7 +31,6 @@ from .recordings import (
     NumberSampler,
     RecordingSet,
 )
-from .scores import union
 
 SOURCES = ("composed", "spans")
 CLIPS = ("digits", "prompts", "folder")

@@ -6,19 +6,19 @@ All as sums of counts, so that they do not depend on batches and processes, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...spans import Spans, span_iou
+
 COLLAR = 0.2  # seconds
 LENGTH_SHARE = 0.5
 SEGMENT = 1.0  # seconds
 RECALLS = (0.3, 0.5, 0.7)
-
-Spans = Sequence[tuple[float, float]]
 
 
 def match_events(
@@ -53,31 +53,6 @@ def match_events(
         return False
 
     return sum(augment(span, set()) for span in range(len(truth)))
-
-
-def union(spans: Spans) -> list[tuple[float, float]]:
-    """The spans as disjoint ones, in order."""
-    joined: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], end)
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def span_iou(truth: Spans, found: Spans) -> float:
-    """Seconds in both unions over seconds in either; 0 where there are none."""
-    one, other = union(truth), union(found)
-    both, i, j = 0.0, 0, 0
-    while i < len(one) and j < len(other):
-        both += max(0.0, min(one[i][1], other[j][1]) - max(one[i][0], other[j][0]))
-        if one[i][1] < other[j][1]:
-            i += 1
-        else:
-            j += 1
-    either = _length(one) + _length(other) - both
-    return both / either if either > 0 else 0.0
 
 
 def segment_activity(spans: Spans, seconds: float, *, segment: float = SEGMENT) -> np.ndarray:
@@ -186,7 +161,3 @@ SCORES = (
 
 def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else math.nan
-
-
-def _length(spans: Spans) -> float:
-    return sum(end - start for start, end in spans)
