@@ -36,7 +36,8 @@ $(VENV)/.fit: pyproject.toml setup.py constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.fit
-	$(INSTALL) -e '.[samples,plot,text,audio,dev]'
+	$(INSTALL) -e '.[samples,plot,text,audio,video,dev]'
+	$(INSTALL) --no-deps sports2d # for a video in it that decord does not decode, not for its code
 	touch $@
 
 fit: $(VENV)/.fit

@@ -13,7 +13,7 @@ COMMANDS = {
     "fit": "train, then test; writes a run folder with config, metrics, checkpoints and pictures",
     "validate": "the validation metrics of a checkpoint (ckpt_path=...)",
     "test": "the test metrics of a checkpoint beside the naive baselines",
-    "predict": "forecasts or labels of the user's files (data.path=...), or a continued text (task.prompt=...)",
+    "predict": "forecasts, labels, what query=... asks for in data.path=...; a continued text (task.prompt=...)",
 }
 LISTINGS = {
     "mixers": "table of the token mixers: paper, patterns, options (--json)",

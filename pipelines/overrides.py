@@ -24,7 +24,7 @@ _PLAIN = {
     "-sc",
     "--hydra-help",
 }
-_TEXTS = {"task.prompt"}  # values that are read as they stand
+_TEXTS = {"task.prompt", "query"}  # values that are read as they stand
 _OURS = {"--config-dir", "-cd", "--allow", "--help", "-h"}
 
 

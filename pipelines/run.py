@@ -21,7 +21,7 @@ from .instantiate import safe_instantiate
 from .progress import progress_callback
 from .reports import export, report_fit, report_validation
 from .results import write_metrics
-from .validate import task_package, validate_names
+from .validate import task_package, trains, validate_names
 
 
 def execute(command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -30,12 +30,17 @@ def execute(command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     cfg: the composed config as plain containers. Raises UserError, before anything is trained, for what is wrong in it.
     """
     validate_names(cfg)
+    name = cfg["task"]["name"]
+    if command != "predict" and not trains(name):
+        raise UserError(f"{command}: the task {name!r} trains nothing, it only looks: lightning predict ...")
     _quieten()
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    task = task_package(cfg["task"]["name"])
+    task = task_package(name)
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
-    if command == "fit":
+    if not trains(name):
+        metrics, trainer = task.predict(None, None, cfg, run_dir), None
+    elif command == "fit":
         metrics, trainer = _fit(task, cfg, run_dir)
     else:
         metrics, trainer = _evaluate(task, command, cfg, run_dir), None

@@ -66,6 +66,11 @@ def task_package(name: str) -> Any:
     return importlib.import_module(f".{_task_folders()[name]}.task", __package__)
 
 
+def trains(name: str) -> bool:
+    """Whether a pipeline trains a model; one that only predicts with what is there says `NEEDS_CHECKPOINT = False`."""
+    return getattr(task_package(name), "NEEDS_CHECKPOINT", True)
+
+
 def _task_folders() -> dict[str, str]:
     """Names of the tasks and their packages."""
     found = {}
@@ -99,20 +104,21 @@ def validate_names(cfg: Mapping[str, Any]) -> None:
     from ..zoo import list_models, model_info
     from .training import OPTIMIZERS, SCHEDULERS
 
-    _check_name(cfg, "task", list_tasks())
-    _check_name(cfg, "optimizer", OPTIMIZERS)
-    _check_name(cfg, "scheduler", SCHEDULERS)
-    model = _check_name(cfg, "model", list_models())
-    _check_options(cfg["model"], "model", model, model_info(model).options)
+    task = _check_name(cfg, "task", list_tasks())
+    if trains(task):
+        _check_name(cfg, "optimizer", OPTIMIZERS)
+        _check_name(cfg, "scheduler", SCHEDULERS)
+        model = _check_name(cfg, "model", list_models())
+        _check_options(cfg["model"], "model", model, model_info(model).options)
+        wanted = model_info(model).task
+        if task != wanted:
+            raise UserError(
+                f"model {model!r} is for the task {wanted!r}, not {task!r}.{nearest('', list_models(task=task))}"
+            )
     mixer = cfg.get("mixer")
     if isinstance(mixer, Mapping) and "_target_" not in mixer:
         name = _check_name(cfg, "mixer", list_mixers())
         _check_options(mixer, "mixer", name, mixer_info(name).options)
-    task, wanted = cfg["task"]["name"], model_info(model).task
-    if task != wanted:
-        raise UserError(
-            f"model {model!r} is for the task {wanted!r}, not {task!r}.{nearest('', list_models(task=task))}"
-        )
     for section, valid in _constructors(task).items():
         for key in cfg.get(section) or ():
             if key not in valid:

@@ -32,7 +32,7 @@ SCHEMA = {
     "active": [0.1, 0.1, 0.1],
     "conditions": [""],
 }
-TASK = {"name": "audio_events", "window_overlap": 1.0, "windows_at_once": 2, "threshold": 0.5, "query": None}
+TASK = {"name": "audio_events", "window_overlap": 1.0, "windows_at_once": 2, "threshold": 0.5}
 TRAINER = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
 
 
@@ -67,8 +67,8 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def config(path: Path, **task: Any) -> dict[str, Any]:
-    return {"data": {"path": str(path)}, "task": {**TASK, **task}}
+def config(path: Path, query: Any = None, **task: Any) -> dict[str, Any]:
+    return {"data": {"path": str(path)}, "task": {**TASK, **task}, "query": query}
 
 
 def found_in(run: Path) -> list[dict[str, str]]:
@@ -105,9 +105,9 @@ def test_one_label_is_asked_for(folder: Path, tmp_path: Path) -> None:
     finding.predict(TRAINER, module, config(folder / "a.flac", query="low"), tmp_path / "low")
     wanted = [r for r in found_in(tmp_path / "all") if r["label"] == "low" and r["recording"].endswith("a.flac")]
     assert found_in(tmp_path / "low") == wanted != []
-    with pytest.raises(UserError, match=r"task.query='lwo' is no label of the model. Did you mean low.*head=text"):
+    with pytest.raises(UserError, match=r"query='lwo' is no label of the model. Did you mean low.*head=text"):
         finding.predict(TRAINER, module, config(folder, query=["high", "lwo"]), tmp_path)
-    with pytest.raises(UserError, match=r"task.query is empty"):
+    with pytest.raises(UserError, match=r"query is empty"):
         finding.predict(TRAINER, module, config(folder, query=" "), tmp_path)
 
 
@@ -172,5 +172,5 @@ def test_the_overview_is_the_mean_energy_of_each_column(folder: Path) -> None:
 def test_a_query_can_be_given_on_the_command_line() -> None:
     with initialize_config_module("seqzoo.conf", version_base="1.3"):
         for task in ("audio_events", "audio_retrieval"):
-            cfg = compose("config", overrides=[f"task={task}", "task.query=[rain, a door]"])
-            assert list(cfg.task.query) == ["rain", "a door"]
+            cfg = compose("config", overrides=[f"task={task}", "query=[rain, a door]"])
+            assert list(cfg.query) == ["rain", "a door"]

@@ -279,10 +279,10 @@ def test_a_table_for_a_test_alone(table: Path, encoder: None):
 def test_queries_that_are_wrong():
     assert check_queries("a bell") == ["a bell"] and check_queries(["a", "b"]) == ["a", "b"]
     for missing in (None, []):
-        with pytest.raises(UserError, match=r"task\.query is missing"):
+        with pytest.raises(UserError, match=r"query is missing"):
             check_queries(missing)
     for empty in ("", " ", ["a bell", ""]):
-        with pytest.raises(UserError, match=r"task\.query has an empty text"):
+        with pytest.raises(UserError, match=r"query has an empty text"):
             check_queries(empty)
 
 
@@ -384,14 +384,14 @@ def test_a_run_learns_scores_and_finds(
     folder.mkdir()
     write(folder / "low.wav", [WORDS["low"]] * 3)
     write(folder / "long.wav", [WORDS["low"]] * 10 + [WORDS["top"]] * 2 + [WORDS["low"]] * 5)
-    options = [checkpoint, f"data.path={folder}", "task.query=top", "task.window_seconds=0.8"]
+    options = [checkpoint, f"data.path={folder}", "query=top", "task.window_seconds=0.8"]
     found = execute("predict", composed(*options), tmp_path / "found")
     assert found["recordings"] == 2 and found["queries"] == 1
     first, second = csv.DictReader((tmp_path / "found" / "predictions.csv").open())
     assert first["recording"].endswith("long.wav") and first["rank"] == "1" and second["rank"] == "2"
     assert 2.9 <= float(first["start"]) < float(first["end"]) <= 3.7
     assert "'top'" in capsys.readouterr().out
-    whole = execute("predict", composed(*options[:3], "task.query=[top, low top]"), tmp_path / "whole")
+    whole = execute("predict", composed(*options[:3], "query=[top, low top]"), tmp_path / "whole")
     assert whole["queries"] == 2
     first = next(csv.DictReader((tmp_path / "whole" / "predictions.csv").open()))
     assert first["recording"].endswith("long.wav") and 2.9 <= float(first["start"]) < 3.7

@@ -91,5 +91,13 @@ def test_a_prompt_is_read_as_it_stands(text: str) -> None:
     (word,) = parse_arguments("predict", [f"task.prompt={text}"]).overrides
     (override,) = OverridesParser.create().parse_overrides([word])
     assert override.value() == text
-    for kept in ("task.prompt=null", "task.prompt=['a', 'b']", "task.prompt='quoted ('", "task.seed=a(b)"):
+    (word,) = parse_arguments("predict", [f"query={text}"]).overrides
+    assert OverridesParser.create().parse_overrides([word])[0].value() == text
+    for kept in (
+        "query=[a taxi, a tram]",
+        "task.prompt=null",
+        "task.prompt=['a', 'b']",
+        "task.prompt='quoted ('",
+        "task.seed=a(b)",
+    ):
         assert parse_arguments("predict", [kept]).overrides == [kept]

@@ -317,3 +317,27 @@ def test_files_are_only_written_in_the_run_folder(table, tmp_path, monkeypatch):
     before = set(Path(tmp_path).iterdir())
     run("fit", tmp_path / "inner" / "run", f"data.path={table}", "trainer.max_epochs=1")
     assert set(Path(tmp_path).iterdir()) - before <= {tmp_path / "inner", tmp_path / "cache"}
+
+
+def test_a_task_that_trains_nothing_only_predicts(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from seqzoo.pipelines import run as runs
+    from seqzoo.pipelines import validate
+
+    class Data:
+        def __init__(self, path=None):
+            self.path = path
+
+    asked = []
+    task = SimpleNamespace(
+        Data=Data, NEEDS_CHECKPOINT=False, predict=lambda *given: asked.append(given) or {"found": 1.0}
+    )
+    for module in (validate, runs):
+        monkeypatch.setattr(module, "task_package", lambda name: task)
+    cfg = {"task": {"name": "forecasting"}, "data": {"path": "a.mp4"}, "trainer": {}, "seed": 0}
+    assert execute("predict", cfg, tmp_path)["found"] == 1.0
+    assert asked == [(None, None, cfg, tmp_path)]
+    for command in ("fit", "validate", "test"):
+        with pytest.raises(UserError, match=rf"{command}: the task 'forecasting' trains nothing.*lightning predict"):
+            execute(command, cfg, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,20 @@ def composed(execute: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_wrong_names_are_found(section: str, values: dict[str, Any], said: str, composed: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=said):
         validate_names({**composed, section: {**composed[section], **values}})
+
+
+def test_a_task_that_trains_nothing_needs_no_model(composed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Data:
+        def __init__(self, path: str | None = None) -> None: ...
+
+    monkeypatch.setattr(
+        "seqzoo.pipelines.validate.task_package", lambda name: SimpleNamespace(Data=Data, NEEDS_CHECKPOINT=False)
+    )
+    spare = ("model", "optimizer", "scheduler", "mixer")
+    cfg = {**{k: v for k, v in composed.items() if k not in spare}, "data": {"path": "a.mp4"}}
+    validate_names(cfg)
+    with pytest.raises(UserError, match=r"unknown key data.pth. Did you mean path"):
+        validate_names({**cfg, "data": {"pth": "a.mp4"}})
 
 
 def test_a_custom_mixer_is_left_to_the_run(composed: dict[str, Any]) -> None:

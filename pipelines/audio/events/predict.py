@@ -32,12 +32,12 @@ _SHOWN = 20
 def predict(trainer: Any, module: AudioEventModule, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Find the events of the recordings of `data.path`: events.csv, and a picture of each recording.
 
-    task.query asks for a label, several, or with a head of words for anything. Raises UserError, before anything is
+    query asks for a label, several, or with a head of words for anything. Raises UserError, before anything is
     heard, for recordings that cannot be opened and for labels that the model does not know.
     """
     output = check_output(cfg.get("output") or run_dir / "events.csv")
     files = _files(cfg["data"].get("path"))
-    names, columns = _asked(module, cfg["task"].get("query"))
+    names, columns = _asked(module, cfg.get("query"))
     module.to(trainer.strategy.root_device).eval()
     rows: list[dict[str, Any]] = []
     failed: list[AudioError] = []
@@ -130,14 +130,14 @@ def _asked(module: AudioEventModule, query: Any) -> tuple[list[str], list[int] |
         return list(labels), list(range(len(labels)))
     asked = [str(text).strip() for text in (query if isinstance(query, (list, tuple)) else [query])]
     if not asked or not all(asked):
-        raise UserError("task.query is empty: give a label or words, or null for all labels")
+        raise UserError("query is empty: give a label or words, or null for all labels")
     if all(text in labels for text in asked):
         return asked, [labels.index(text) for text in asked]
     if module.net.text:
         return asked, text_vectors(asked)
     unknown = next(text for text in asked if text not in labels)
     raise UserError(
-        f"task.query={unknown!r} is no label of the model.{nearest(unknown, labels)} "
+        f"query={unknown!r} is no label of the model.{nearest(unknown, labels)} "
         "Words of any kind can be asked of a model trained with model.head=text"
     )
 

@@ -55,14 +55,14 @@ def search(
 
 
 def check_queries(query: Any) -> list[str]:
-    """The texts of `task.query`, one or a list. Raises UserError where there is none or an empty one."""
-    hint = "give task.query='what is heard', or a list of such texts"
+    """The texts of `query`, one or a list. Raises UserError where there is none or an empty one."""
+    hint = "give query='what is heard', or a list of such texts"
     if query is None or query == []:
-        raise UserError(f"task.query is missing: {hint}")
+        raise UserError(f"query is missing: {hint}")
     queries = [str(text) for text in (query if isinstance(query, (list, tuple)) else [query])]
     for text in queries:
         if not text.strip():
-            raise UserError(f"task.query has an empty text, {text!r}: {hint}")
+            raise UserError(f"query has an empty text, {text!r}: {hint}")
     return queries
 
 

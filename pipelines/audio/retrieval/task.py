@@ -117,10 +117,10 @@ def report(
 
 
 def predict(trainer: Any, module: AudioTextModule, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Rank the recordings of `data.path` for the texts of `task.query`, into predictions.csv."""
+    """Rank the recordings of `data.path` for the texts of `query`, into predictions.csv."""
     from .predict import check_queries, search
 
-    queries = check_queries(cfg["task"].get("query"))
+    queries = check_queries(cfg.get("query"))
     output = check_output(cfg.get("output") or run_dir / "predictions.csv")
     rows = search(trainer, module, build_data(cfg), queries, float(cfg["task"]["window_seconds"]))
     write_csv(output, rows)
