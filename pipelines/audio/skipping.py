@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..errors import UserError
+from .. import skipping
 from .clips import ROUNDING, Clip, at_row, read_clip
 from .faults import CAUSES, AudioError
 from .reader import AudioInfo, AudioReader, Stored
 
-MOST_BAD = 0.05
 
+class BadFiles(skipping.BadFiles):
+    """Counts audio files that were skipped: see the base class."""
 
-class BadFiles:
-    """Counts the files that were skipped, each once, over epochs and the workers of a loader.
-
-    names: of all files. most: the part of them that may be bad. Copies in workers count into the same memory.
-    """
-
-    def __init__(self, names: Iterable[str], *, most: float = MOST_BAD) -> None:
-        self._places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        self.most = most
-        # 0 or 1 + the place of its cause: a write of the same value by two workers needs no lock
-        self._found = torch.zeros(len(self._places), dtype=torch.uint8).share_memory_()
-
-    def skip(self, name: str, error: AudioError) -> None:
-        """Count a file, with a line on stderr the first time. Raises UserError when too many are bad."""
-        place = self._places[name]
-        if not self._found[place]:
-            cause = error.cause if error.cause in CAUSES else "unreadable"
-            self._found[place] = 1 + CAUSES.index(cause)
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-        self.check()
-
-    @property
-    def causes(self) -> dict[str, int]:
-        """Skipped files by cause."""
-        counts = Counter(self._found.tolist())
-        return {cause: counts[number] for number, cause in enumerate(CAUSES, 1) if counts[number]}
-
-    def report(self) -> str:
-        """A line for the results; empty where nothing was skipped."""
-        causes = self.causes
-        if not causes:
-            return ""
-        several = ", ".join(f"{number:,} {cause}" for cause, number in causes.items())
-        return f"{sum(causes.values()):,} of {len(self._places):,} audio files were skipped: {several}"
-
-    def check(self) -> None:
-        """Raise UserError when more files are bad than may be."""
-        bad = int(self._found.count_nonzero())
-        if bad > self.most * len(self._places):
-            names = list(self._places)
-            first = names[int(self._found.nonzero()[0])]
-            raise UserError(f"{self.report()}, more than {self.most:.0%}; the first is {first}")
+    def __init__(self, names: Iterable[str], *, most: float = skipping.MOST_BAD) -> None:
+        super().__init__(names, CAUSES, files="audio files", most=most)
 
 
 def read_or_skip(
