@@ -1,0 +1,1 @@
+"""Find in videos what a query names: when it is seen, and the frames that show it."""
