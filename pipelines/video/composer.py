@@ -110,7 +110,8 @@ class Composer:
         pool = self._pool({self.events[clip].label for clip in chosen})
         segments: list[Segment] = []
         found, now, planned = [], 0.0, 0.0
-        for clip, own, length, place in zip(chosen, planted, lengths, np.sort(rng.uniform(0, free, len(planted)))):
+        places = np.sort(rng.uniform(0, free, len(planted)))
+        for clip, own, length, place in zip(chosen, planted, lengths, places, strict=True):
             planned += self.min_gap
             # footage ends with a whole frame, so that an event may begin a little later than planned
             now = self._fill(segments, now, max(place + planned, now + self.min_gap), pool, rng)
