@@ -90,6 +90,9 @@ def measure(name: str, options: argparse.Namespace, run_dir: Path) -> list[dict[
         f"model.depth={options.depth}",
         f"model.mlp_ratio={ratio}",
         "model.front_end.stack=4",
+        # as long as those of training: rotary positions do not reach further
+        "task.window=null",
+        "task.window_overlap=2",
         f"data.path='{options.digits}'",
         f"data.backgrounds='{options.backgrounds}'",
         f"data.batch_size={options.batch}",
@@ -105,7 +108,7 @@ def measure(name: str, options: argparse.Namespace, run_dir: Path) -> list[dict[
     if options.tiny:
         overrides += ["data.test_minutes=0.5", "data.val_minutes=0.5", "data.val_recordings=1"]
     with initialize_config_module("seqzoo.conf", version_base="1.3"):
-        # experiment=audio/find is with softmax; another mixer has none of its options
+        # a mixer has none of the options of another
         node = compose("config", overrides=[*overrides, *EXTRA])
     cfg: Any = OmegaConf.to_container(node, resolve=True)
     if name != "softmax":
