@@ -1,0 +1,54 @@
+"""The decoders behind one interface, and the order in which they are tried."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ...errors import UserError, nearest
+from ..frame_table import FrameTable
+
+# Tried in this order by "auto".
+BACKENDS = ("decord", "av", "torchcodec")
+
+
+class Decoder(Protocol):
+    """Frames of one file by their numbers in its FrameTable, as stored: not rotated."""
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """uint8 (height, width, 3) for each number; the numbers rise."""
+
+    def close(self) -> None: ...
+
+
+Opener = Callable[..., Decoder]
+
+
+def open_decoder(
+    name: str, path: Path, table: FrameTable, *, size: tuple[int, int], threads: int, beat: Callable[[], None]
+) -> Decoder:
+    """The decoder of that name for a file.
+
+    size: (height, width) of the frames before they are rotated; the file's own: they are not scaled. threads: for
+    decoding. beat: to be called while it works. Raises VideoError, UserError when its package is missing, or what the
+    package raises.
+    """
+    if name not in BACKENDS:
+        raise UserError(f"backend={name!r} is not a choice.{nearest(name, ('auto', *BACKENDS))}")
+    module = importlib.import_module(f".{name}_backend", __name__)
+    return module.open_file(path, table, size=size, threads=threads, beat=beat)
+
+
+def package(name: str) -> object:
+    """The module of that name. Raises UserError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ImportError) and getattr(error, "name", None) == name:
+            raise UserError(f"reading video needs the package {name}: pip install 'seqzoo[video]'") from None
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"the package {name} is installed and cannot be loaded: {first}") from None

@@ -1,0 +1,328 @@
+"""Video files of any length: opened when first asked, scaled while they are decoded, read at any frames or times."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from ..errors import UserError, check_whole, nearest, one_line
+from .backends import BACKENDS, Decoder, open_decoder
+from .faults import VideoError, check_file, missing_error
+from .frame_table import FrameTable
+from .timeouts import Watched
+
+_MOST_PIXELS = 16384  # of a side
+_SAMPLE = 1 << 16  # bytes of a file's start, middle and end, by which its content is known
+
+
+class VideoInfo(NamedTuple):
+    """The file itself. frames: those that can be decoded. duration: seconds. fps: mean. height, width: of a frame as it
+    is shown, after rotation, in stored pixels: a pixel that is not square is not made so. rotation: degrees clockwise
+    by which stored frames are turned, which the frames that are read have behind them. codec: its name in FFmpeg."""
+
+    frames: int
+    duration: float
+    fps: float
+    height: int
+    width: int
+    rotation: int
+    codec: str
+
+
+class Frames(NamedTuple):
+    """times: float64 (n,) seconds, at which each frame is shown. indices: int64 (n,). frames: uint8 (n, H, W, 3)."""
+
+    times: np.ndarray
+    indices: np.ndarray
+    frames: np.ndarray
+
+
+def open_video(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    size: tuple[int, int] | None = None,
+    short_side: int | None = None,
+    timeout: float = 60.0,
+) -> VideoReader:
+    """A reader of the file.
+
+    backend: "decord", "av" or "torchcodec", or "auto": the first of these that decodes the file; says so when it is
+    not the first. size: (height, width) of the frames it gives, whatever their shape in the file. short_side: pixels
+    of the shorter side, the aspect of the stored pixels is kept. timeout: seconds without progress after which a
+    decoder is given up.
+    Nothing is decoded yet. Raises VideoError for a path that is no file, UserError for a wrong argument.
+    """
+    return VideoReader(path, backend=backend, size=size, short_side=short_side, timeout=timeout)
+
+
+class VideoReader:
+    """Frames of a video file as uint8 RGB (n, H, W, 3), numbered and timed the same by every backend.
+
+    Which frames there are, and when, is read from the packets of the file with PyAV at the first use: frames are in
+    the order in which they are shown, their times from the container (variable rate, edit lists), from 0 at the first
+    that can be decoded. A frame in the middle that cannot be decoded is the one before it, said once.
+
+    The file is opened in each process anew; a copy that is sent to a worker is closed and holds path and settings.
+    Colours: by the matrix and range that the file states, else BT.601 and limited range. Scaling is bilinear, with a
+    kernel as wide as the reduction. Decoding uses as many threads as torch does (`torch.set_num_threads`).
+    Raises VideoError, naming file and cause, when the file turns out to be unusable, UserError for a wrong argument.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        backend: str = "auto",
+        size: tuple[int, int] | None = None,
+        short_side: int | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        if backend != "auto" and backend not in BACKENDS:
+            raise UserError(f"backend={backend!r} is not a choice.{nearest(backend, ('auto', *BACKENDS))}")
+        if size is not None and short_side is not None:
+            raise UserError("size and short_side are two ways to say one thing: give one of them")
+        if size is not None:
+            if not isinstance(size, (tuple, list)) or len(size) != 2:
+                raise UserError(f"size={size!r} must be (height, width)")
+            for name, side in zip(("height", "width"), size, strict=True):
+                _check_side(f"the {name} of size", side)
+        if short_side is not None:
+            _check_side("short_side", short_side)
+        if not timeout > 0:
+            raise UserError(f"timeout={timeout!r} must be more than 0 seconds")
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise missing_error(self.path)
+        self.asked_backend = backend
+        self.asked_size = None if size is None else (int(size[0]), int(size[1]))
+        self.short_side, self.timeout = short_side, float(timeout)
+        self._forget()
+        self._key: str | None = None
+        _readers.add(self)
+
+    # what it is -------------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def backend(self) -> str:
+        """The decoder that reads the file: with "auto", the one that was found to."""
+        if self._decoder is None:
+            self._run(self._open_decoder)
+        return self._backend
+
+    @property
+    def info(self) -> VideoInfo:
+        """The file as it is, whatever is read from it."""
+        table = self._opened_table()
+        height, width = _turned((table.height, table.width), table.rotation)
+        number, duration = len(table.pts), self.duration
+        return VideoInfo(number, duration, number / duration, height, width, table.rotation, table.codec)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the frames it gives."""
+        if self.asked_size is not None:
+            return self.asked_size
+        height, width = self.info[3:5]
+        if self.short_side is None:
+            return height, width
+        ratio = self.short_side / min(height, width)
+        return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+    @property
+    def times(self) -> np.ndarray:
+        """float64 (N,): seconds at which each frame is shown."""
+        table = self._opened_table()
+        if self._times is None:
+            self._times = (table.pts - table.pts[0]) * float(table.base)
+            self._times.flags.writeable = False
+        return self._times
+
+    @property
+    def duration(self) -> float:
+        """Seconds: the end of the last frame."""
+        table = self._opened_table()
+        return max(table.end - int(table.pts[0]), 1) * float(table.base)
+
+    def __len__(self) -> int:
+        return len(self._opened_table().pts)
+
+    @property
+    def key(self) -> str:
+        """Hash of the content: of the file's size and of 64 KiB of its start, middle and end each."""
+        if self._key is None:
+            digest = hashlib.sha256()
+            try:
+                with self.path.open("rb") as file:
+                    length = file.seek(0, os.SEEK_END)
+                    digest.update(length.to_bytes(8, "little"))
+                    for place in (0, (length - _SAMPLE) // 2, length - _SAMPLE):
+                        file.seek(max(0, place))
+                        digest.update(file.read(_SAMPLE))
+            except OSError:
+                raise missing_error(self.path) from None
+            self._key = digest.hexdigest()[:32]
+        return self._key
+
+    # reading ----------------------------------------------------------------------------------------------------------
+
+    def read(self, indices: ArrayLike) -> np.ndarray:
+        """Frames uint8 (n, H, W, 3) of the numbers, in any order, repeats allowed.
+
+        They are decoded in rising order, forward from the last key frame where that is nearer than the frame before.
+        Raises UserError for a number outside 0 to N - 1.
+        """
+        wanted = self._checked(indices)
+        frames = np.empty((len(wanted), *self.size, 3), np.uint8)
+        if len(wanted):
+            numbers, places = np.unique(wanted, return_inverse=True)
+            self._run(self._decode_into, frames, numbers, places.reshape(-1))
+        return frames
+
+    def index_at(self, times: ArrayLike) -> np.ndarray:
+        """int64 (n,): the frame shown at each time, seconds; before the first and after the last: these."""
+        wanted = np.asarray(times, np.float64).reshape(-1)
+        if np.isnan(wanted).any():
+            raise UserError(f"{self.name}: a time that is not a number")
+        # what is written as the time of a frame, rounded, is that frame
+        found = np.searchsorted(self.times, wanted + 1e-9, side="right") - 1
+        return found.clip(0, len(self) - 1).astype(np.int64)
+
+    def read_at(self, times: ArrayLike) -> Frames:
+        """The frames shown at the times."""
+        indices = self.index_at(times)
+        return Frames(self.times[indices], indices, self.read(indices))
+
+    def identities(self, indices: ArrayLike) -> list[tuple[str, int]]:
+        """(key, frame) for each number: equal ones are the same picture."""
+        return [(self.key, int(number)) for number in self._checked(indices)]
+
+    # opening and closing ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the file; it is opened again when it is asked next."""
+        if self._decoder is not None and not self._watch.hangs:
+            self._watch.call(self._decoder.close)
+        self._decoder = None
+        self._watch.close()
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("path", "asked_backend", "asked_size", "short_side", "timeout", "_key")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+        _readers.add(self)
+
+    def __repr__(self) -> str:
+        size = self.asked_size if self.short_side is None else f"short_side {self.short_side}"
+        return f"VideoReader({self.name!r}, backend={self.asked_backend!r}, size={size})"
+
+    def _forget(self) -> None:
+        self._table: FrameTable | None = None
+        self._times: np.ndarray | None = None
+        self._decoder: Decoder | None = None
+        self._backend = ""
+        self._tried: dict[str, str] = {}  # backends that failed, and why
+        self._watch = Watched(self.name, self.timeout)
+
+    def _run(self, function: Any, *arguments: Any) -> Any:
+        """Call the function in the watched thread, with its threads given by this one."""
+        self._threads = torch.get_num_threads()
+        return self._watch.call(function, *arguments)
+
+    def _opened_table(self) -> FrameTable:
+        if self._table is None:
+            return self._run(self._read_table)
+        return self._table
+
+    def _read_table(self) -> FrameTable:
+        from .backends.av_backend import read_table
+
+        if self._table is None:
+            check_file(self.path)
+            self._table = read_table(self.path, threads=self._threads, beat=self._watch.beat)
+        return self._table
+
+    def _open_decoder(self) -> Decoder:
+        names = BACKENDS if self.asked_backend == "auto" else (self.asked_backend,)
+        table = self._read_table()
+        size = _turned(self.size, table.rotation)
+        for name in names:
+            if name in self._tried:
+                continue
+            try:
+                self._decoder = open_decoder(
+                    name, self.path, table, size=size, threads=self._threads, beat=self._watch.beat
+                )
+                self._backend = name
+                return self._decoder
+            except Exception as error:
+                self._tried[name] = one_line(error)
+        raise VideoError(f"{self.name}: {self._tried}")
+
+    def _decode_into(self, frames: np.ndarray, numbers: np.ndarray, places: np.ndarray) -> None:
+        decoder = self._decoder or self._open_decoder()
+        order = np.argsort(places, kind="stable")
+        bounds = np.searchsorted(places[order], np.arange(len(numbers) + 1))
+        turns = -self._read_table().rotation // 90 % 4
+        for number, frame in enumerate(decoder.frames(numbers.tolist())):
+            frames[order[bounds[number] : bounds[number + 1]]] = np.rot90(frame, turns)
+            self._watch.beat()
+
+    def _checked(self, indices: ArrayLike) -> np.ndarray:
+        wanted = np.asarray(indices)
+        if wanted.size == 0:
+            return np.empty(0, np.int64)
+        if wanted.dtype.kind not in "iu" or wanted.ndim > 1:
+            raise UserError(f"{self.name}: frames are asked for by whole numbers, not {wanted.dtype} {wanted.shape}")
+        wanted = wanted.reshape(-1).astype(np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        if len(outside):
+            raise UserError(f"{self.name} has frames 0 to {len(self) - 1:,}, not {outside[0]}")
+        return wanted
+
+
+def _check_side(name: str, value: object) -> None:
+    check_whole(name, value, 1)
+    if isinstance(value, int) and value > _MOST_PIXELS:
+        raise UserError(f"{name} is {value:,} pixels, more than {_MOST_PIXELS:,}")
+
+
+def _turned(size: tuple[int, int], rotation: int) -> tuple[int, int]:
+    return (size[1], size[0]) if rotation % 180 else size
+
+
+# After a fork the child has the memory of decoders and not their threads: to close one, or let it be collected, would
+# wait for ever. They are kept until the child ends, and its readers open the file anew.
+_readers: weakref.WeakSet[VideoReader] = weakref.WeakSet()
+_left: list[object] = []
+
+
+def _after_fork() -> None:
+    for reader in list(_readers):
+        if reader._decoder is not None or reader._watch._thread is not None:
+            _left.append((reader._decoder, reader._watch))
+            reader._decoder, reader._watch = None, Watched(reader.name, reader.timeout)
+
+
+os.register_at_fork(after_in_child=_after_fork)
