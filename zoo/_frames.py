@@ -161,7 +161,7 @@ def create_frame_encoder(encoder: str | Mapping[str, Any]) -> FrameEncoder:
     if not isinstance(name, str):
         raise ValueError(f"encoder={encoder!r} has no name; {', '.join(OWN)} or a model of timm")
     cls: Callable[..., FrameEncoder] = {"features": GivenFeatures, "patches": PixelPatches}.get(name, TimmFrames)
-    known = [key for key in cls.__init__.__annotations__ if key not in ("name", "return")]  # type: ignore[misc]
+    known = [key for key in cls.__init__.__annotations__ if key not in ("name", "return")]
     for key in options:
         if key not in known:
             raise ValueError(f"encoder {name!r} has no option {key!r}; its options: {', '.join(known)}")

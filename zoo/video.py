@@ -75,9 +75,14 @@ class VideoClassifier(nn.Module):
     def forward(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
         """frames: as of `VideoEncoder.forward`. mask: bool (B, T), True = real frame; None: all are. times: floating
         (B, T), seconds, for `time_encoding`. Returns logits in y; neither pads nor other rows change them."""
+        out = self.forward_features(frames, mask, times)
+        return out._replace(y=self.head(out.y))
+
+    def forward_features(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
+        """The pooled vectors (B, dim) in y; arguments as of `forward`."""
         tokens = self.encoder(frames, mask=mask, times=times)
         y = pool(_wide(tokens.x), token_mask(tokens), self.pooling)
-        return VideoOutput(self.head(y), None, tokens.aux, _frame_mask(frames, mask))
+        return VideoOutput(y, None, tokens.aux, _frame_mask(frames, mask))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
