@@ -19,7 +19,9 @@ _OTHERS = (  # where, what, kind: files that are no video, or none yet
 )
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv", ".gif")
 
+_MOST_OF_A_KIND = 4
 _said: set[tuple[str, str]] = set()
+_kinds: list[str] = []
 
 
 class VideoError(UserError):
@@ -33,11 +35,20 @@ class VideoError(UserError):
         self.cause = cause
 
 
-def say_once(name: str, what: str) -> None:
-    """A line on stderr about a file that is used nevertheless; the same line is not said again by this process."""
-    if (name, what) not in _said:
-        _said.add((name, what))
-        print(f"note: {name}: {what}", file=sys.stderr, flush=True)
+def say_once(name: str, what: str, *, kind: str = "") -> None:
+    """A line on stderr about a file that is used nevertheless; the same line is not said again by this process.
+
+    kind: of such lines, of which the first few are said.
+    """
+    if (name, what) in _said:
+        return
+    _said.add((name, what))
+    number = sum(1 for other in _kinds if other == kind) if kind else 0
+    if number > _MOST_OF_A_KIND:
+        return
+    _kinds.append(kind)
+    more = " (no more such notes follow)" if kind and number == _MOST_OF_A_KIND else ""
+    print(f"note: {name}: {what}{more}", file=sys.stderr, flush=True)
 
 
 def check_file(path: Path) -> None:

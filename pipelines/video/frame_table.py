@@ -15,7 +15,8 @@ class FrameTable(NamedTuple):
     the same unit. key_frames: int64 (K,), frames at which decoding can start; key_dts: int64 (K,), where to seek for
     them. counted: the file has no times, those here are counted, and decoding starts at the beginning only. height,
     width: as stored. rotation: degrees clockwise by which a frame is turned to be shown: 0, 90, 180, 270. said: frames
-    by the header, 0 where it does not say.
+    by the header, 0 where it does not say. container: the kind of file, such as "mov" or "matroska". alone: there is no
+    other video stream. closed: no frame refers to one before the key frame it is shown after.
     """
 
     stream: int
@@ -30,11 +31,19 @@ class FrameTable(NamedTuple):
     rotation: int
     codec: str
     said: int
+    container: str
+    alone: bool
+    closed: bool
 
     @property
     def seconds(self) -> np.ndarray:
         """float64 (N,): times as the file has them."""
         return self.pts * float(self.base)
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """(height, width) of a frame as it is shown."""
+        return turned((self.height, self.width), self.rotation)
 
     def key_before(self, number: int) -> int:
         """The place in key_frames of the last one at or before a frame; -1: there is none."""
@@ -48,6 +57,11 @@ class FrameTable(NamedTuple):
         near = min((k for k in (place - 1, place) if 0 <= k < len(self.pts)), key=lambda k: abs(self.pts[k] - pts))
         gaps = np.diff(self.pts[max(0, near - 1) : near + 2])
         return near if len(gaps) and 2 * abs(int(self.pts[near]) - pts) < gaps.min() else -1
+
+
+def turned(size: tuple[int, int], rotation: int) -> tuple[int, int]:
+    """(height, width) after a rotation by degrees."""
+    return (size[1], size[0]) if rotation % 180 else size
 
 
 class Packets:
@@ -68,6 +82,16 @@ class Packets:
         self._durations.append(duration)
         self._keys.append(key)
 
+    @property
+    def closed(self) -> bool:
+        """No packet is shown before a key frame that it follows in the file."""
+        latest: int | None = None
+        for pts, key in zip(self._pts, self._keys, strict=True):
+            if pts is None or (latest is not None and pts < latest):
+                return False
+            latest = pts if key else latest
+        return True
+
     def order(self, step: int) -> tuple[np.ndarray, int, np.ndarray, np.ndarray, bool]:
         """pts, end, key_frames, key_dts and counted of the table. step: of a frame, where the file has no times."""
         number = len(self._pts)
@@ -75,7 +99,7 @@ class Packets:
         if any(t is None for t in times):  # AVI has one time a packet
             times = self._dts if sum(t is None for t in self._dts) < sum(t is None for t in times) else times
         known = sum(t is not None for t in times)
-        if known < number and 2 * known < number or len({t for t in times if t is not None}) == 1 < number:
+        if (known < number and 2 * known < number) or len({t for t in times if t is not None}) == 1 < number:
             return np.arange(number) * step, number * step, np.zeros(1, np.int64), np.zeros(1, np.int64), True
         kept = [k for k, t in enumerate(times) if t is not None]
         raw = np.array([times[k] for k in kept], np.int64)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from numpy.typing import ArrayLike
 
 from ..errors import UserError, check_whole, nearest, one_line
 from .backends import BACKENDS, Decoder, open_decoder
-from .faults import VideoError, check_file, missing_error
+from .faults import VideoError, check_file, missing_error, say_once
 from .frame_table import FrameTable
 from .timeouts import Watched
+
+T = TypeVar("T")
 
 _MOST_PIXELS = 16384  # of a side
 _SAMPLE = 1 << 16  # bytes of a file's start, middle and end, by which its content is known
@@ -126,7 +129,7 @@ class VideoReader:
     def info(self) -> VideoInfo:
         """The file as it is, whatever is read from it."""
         table = self._opened_table()
-        height, width = _turned((table.height, table.width), table.rotation)
+        height, width = table.shown
         number, duration = len(table.pts), self.duration
         return VideoInfo(number, duration, number / duration, height, width, table.rotation, table.codec)
 
@@ -213,9 +216,12 @@ class VideoReader:
 
     def close(self) -> None:
         """Close the file; it is opened again when it is asked next."""
-        if self._decoder is not None and not self._watch.hangs:
-            self._watch.call(self._decoder.close)
-        self._decoder = None
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None:
+            with contextlib.suppress(Exception):  # what it read stays right
+                self._watch.call(decoder.close)
+        if self._watch.hangs:
+            self._watch = Watched(self.name, self.timeout)
         self._watch.close()
 
     def __enter__(self) -> VideoReader:
@@ -242,18 +248,30 @@ class VideoReader:
         self._times: np.ndarray | None = None
         self._decoder: Decoder | None = None
         self._backend = ""
-        self._tried: dict[str, str] = {}  # backends that failed, and why
+        self._tried: dict[str, Exception] = {}  # backends that failed, and why
         self._watch = Watched(self.name, self.timeout)
 
-    def _run(self, function: Any, *arguments: Any) -> Any:
-        """Call the function in the watched thread, with its threads given by this one."""
-        self._threads = torch.get_num_threads()
-        return self._watch.call(function, *arguments)
+    def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call the function in the watched thread; with "auto", again when the decoder that it used hangs."""
+        self._threads = torch.get_num_threads()  # that this thread has, which need not be those of the other
+        while True:
+            try:
+                return self._watch.call(function, *arguments)
+            except VideoError as error:
+                if not self._watch.hangs:
+                    raise
+                self._leave_hanging()
+                if not self._next_after(error):
+                    raise
+
+    def _leave_hanging(self) -> None:
+        """Go on with a new thread, without the decoder in the old one."""
+        if self._decoder is not None and (kill := getattr(self._decoder, "kill", None)) is not None:
+            kill()
+        self._decoder, self._watch = None, Watched(self.name, self.timeout)
 
     def _opened_table(self) -> FrameTable:
-        if self._table is None:
-            return self._run(self._read_table)
-        return self._table
+        return self._run(self._read_table) if self._table is None else self._table
 
     def _read_table(self) -> FrameTable:
         from .backends.av_backend import read_table
@@ -264,30 +282,73 @@ class VideoReader:
         return self._table
 
     def _open_decoder(self) -> Decoder:
-        names = BACKENDS if self.asked_backend == "auto" else (self.asked_backend,)
+        """The decoder that reads the file, or the next one of "auto" after those that failed."""
         table = self._read_table()
-        size = _turned(self.size, table.rotation)
-        for name in names:
-            if name in self._tried:
-                continue
+        while True:
+            self._backend = next((name for name in self._choices() if name not in self._tried), self._choices()[-1])
             try:
-                self._decoder = open_decoder(
-                    name, self.path, table, size=size, threads=self._threads, beat=self._watch.beat
+                decoder = open_decoder(
+                    self._backend,
+                    self.path,
+                    table,
+                    size=self.size,
+                    threads=self._threads,
+                    beat=self._watch.beat,
                 )
-                self._backend = name
-                return self._decoder
             except Exception as error:
-                self._tried[name] = one_line(error)
-        raise VideoError(f"{self.name}: {self._tried}")
+                if not self._next_after(error):
+                    raise self._error(error) from None
+                continue
+            self._say_backend()
+            self._decoder = decoder
+            return decoder
 
     def _decode_into(self, frames: np.ndarray, numbers: np.ndarray, places: np.ndarray) -> None:
-        decoder = self._decoder or self._open_decoder()
+        """Fill frames: the picture of numbers[k], which rise, where places is k."""
         order = np.argsort(places, kind="stable")
         bounds = np.searchsorted(places[order], np.arange(len(numbers) + 1))
-        turns = -self._read_table().rotation // 90 % 4
-        for number, frame in enumerate(decoder.frames(numbers.tolist())):
-            frames[order[bounds[number] : bounds[number + 1]]] = np.rot90(frame, turns)
-            self._watch.beat()
+        done = 0
+        while done < len(numbers):
+            decoder = self._decoder or self._open_decoder()
+            try:
+                for frame in decoder.frames(numbers[done:].tolist()):
+                    frames[order[bounds[done] : bounds[done + 1]]] = frame
+                    done += 1
+                    self._watch.beat()
+            except Exception as error:
+                self._decoder = None
+                with contextlib.suppress(Exception):
+                    decoder.close()
+                if not self._next_after(error):
+                    raise self._error(error) from None
+
+    def _choices(self) -> tuple[str, ...]:
+        return BACKENDS if self.asked_backend == "auto" else (self.asked_backend,)
+
+    def _next_after(self, error: Exception) -> bool:
+        """Whether there is another decoder to try after the one that failed."""
+        if not self._backend:  # it was not a decoder's
+            return False
+        self._tried.setdefault(self._backend, error)
+        return any(name not in self._tried for name in self._choices())
+
+    def _error(self, error: Exception) -> UserError:
+        """The error of the only decoder, or those of all."""
+        if len(self._tried) > 1:
+            all_of_them = "; ".join(f"{name}: {one_line(why)}" for name, why in self._tried.items())
+            self._tried = {}
+            return VideoError(f"{self.name}: no decoder reads it. {all_of_them}")
+        self._tried = {}
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, MemoryError):
+            return VideoError(f"{self.name}: not enough memory to decode it")
+        return VideoError(f"{self.name}: {self._backend} cannot decode it: {one_line(error) or type(error).__name__}")
+
+    def _say_backend(self) -> None:
+        failed = [one_line(error) for error in self._tried.values() if not isinstance(error, UserError)]
+        if failed:
+            say_once(self.name, f"read with {self._backend}: {'; '.join(failed)}", kind="backend")
 
     def _checked(self, indices: ArrayLike) -> np.ndarray:
         wanted = np.asarray(indices)
@@ -306,10 +367,6 @@ def _check_side(name: str, value: object) -> None:
     check_whole(name, value, 1)
     if isinstance(value, int) and value > _MOST_PIXELS:
         raise UserError(f"{name} is {value:,} pixels, more than {_MOST_PIXELS:,}")
-
-
-def _turned(size: tuple[int, int], rotation: int) -> tuple[int, int]:
-    return (size[1], size[0]) if rotation % 180 else size
 
 
 # After a fork the child has the memory of decoders and not their threads: to close one, or let it be collected, would

@@ -17,7 +17,7 @@ BACKENDS = ("decord", "av", "torchcodec")
 
 
 class Decoder(Protocol):
-    """Frames of one file by their numbers in its FrameTable, as stored: not rotated."""
+    """Frames of one file by their numbers in its FrameTable, as they are shown: rotated and scaled."""
 
     def frames(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         """uint8 (height, width, 3) for each number; the numbers rise."""
@@ -33,7 +33,7 @@ def open_decoder(
 ) -> Decoder:
     """The decoder of that name for a file.
 
-    size: (height, width) of the frames before they are rotated; the file's own: they are not scaled. threads: for
+    size: (height, width) of the frames as they are shown; the file's own: they are not scaled. threads: for
     decoding. beat: to be called while it works. Raises VideoError, UserError when its package is missing, or what the
     package raises.
     """

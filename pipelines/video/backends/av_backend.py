@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import one_line
 from ..faults import VideoError, say_once
-from ..frame_table import FrameTable, Packets
+from ..frame_table import FrameTable, Packets, turned
 from . import package
 
 # Frames that may be decoded and thrown away before a seek, which throws away what the threads work on, is cheaper.
@@ -36,8 +36,10 @@ def read_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTa
     packets = Packets()
     with _opened(av, path) as container:
         stream = _video_stream(container, path)
+        alone = len(container.streams.video) == 1
         index, base = stream.index, stream.time_base or Fraction(1, 90_000)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+        kind = container.format.name.split(",")[0]
         said, codec = stream.frames, stream.codec_context.name
         height, width = stream.codec_context.height, stream.codec_context.width
         with contextlib.suppress(av.FFmpegError):  # cut off: what is before can be used
@@ -48,7 +50,9 @@ def read_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTa
     if not len(packets):
         raise VideoError(f"{path} has a video stream ({codec}) without a frame in it", "empty")
     pts, end, keys, dts, counted = packets.order(max(1, round(1 / (rate * base))))
-    table = FrameTable(index, pts, end, base, keys, dts, counted, height, width, 0, codec, said)
+    table = FrameTable(
+        index, pts, end, base, keys, dts, counted, height, width, 0, codec, said, kind, alone, packets.closed
+    )
     return _decodable(path, table, threads, beat)
 
 
@@ -63,7 +67,8 @@ class AvDecoder:
     ) -> None:
         self._av: Any = package("av")
         self._path, self._table, self._threads, self._beat = path, table, threads, beat
-        self._height, self._width = size
+        self._height, self._width = turned(size, table.rotation)
+        self._turns = -table.rotation // 90 % 4
         self._scaler = self._av.video.reformatter.VideoReformatter()
         self._container: Any = None
         self._open()
@@ -169,8 +174,10 @@ class AvDecoder:
                 return number, frame
 
     def _frame(self, number: int) -> Any:
+        if self._before is not None and self._before[0] == number:
+            return self._before[1]
         if self._now is None or self._now[0] > number:
-            if not (self._before is not None and self._now is not None and self._before[0] <= number):
+            if self._before is None or self._before[0] > number:
                 self.go(number)
         elif self._now[0] < number:
             key = self._table.key_before(number)
@@ -191,7 +198,8 @@ class AvDecoder:
         return shown[1]
 
     def _pixels(self, frame: Any) -> np.ndarray:
-        return self._scaler.reformat(frame, self._width, self._height, "rgb24", interpolation="BILINEAR").to_ndarray()
+        scaled = self._scaler.reformat(frame, self._width, self._height, "rgb24", interpolation="BILINEAR")
+        return np.rot90(scaled.to_ndarray(), self._turns)
 
 
 def _opened(av: Any, path: Path) -> Any:
