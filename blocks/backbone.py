@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .block import Block
-from .layers.ffn import create_ffn
+from .layers.ffn import FFNChoice, create_ffn
 from .layers.norm import create_norm, normalize
 from .layers.positions import create_position
 from .protocol import Mixer, State
@@ -61,10 +61,11 @@ class Backbone(nn.Module):
 
     dim: model width. depth: number of blocks. mixer: a registry name, `{"name": ..., **options}`, a `Mixer` subclass, a
     factory, or a sequence of those repeated to `depth`. cross_mixer: the same for a cross-attention sub-layer in every
-    block. ffn: "gelu", "swiglu", "none" or a factory of `dim`; mlp_ratio: its inner width over `dim`. position: an
+    block. ffn: "gelu", "swiglu", "none", `{"name": ..., **options}` or a factory of `dim`; mlp_ratio: its inner width
+    over `dim`. position: an
     additive position ("none", "learned", "sinusoidal"); max_len bounds the learned one. causal: passed to the mixers;
     cross: the mixers themselves read `context`. prenorm: False puts the norms after the sums (give final_norm=False
-    then). drop_path grows linearly to its value at the last block.
+    then). parallel, layer_scale: see `Block`. drop_path grows linearly to its value at the last block.
 
     Raises ValueError for unknown names, options and patterns.
     """
@@ -76,11 +77,13 @@ class Backbone(nn.Module):
         *,
         mixer: MixerChoice | Sequence[MixerChoice] = "softmax",
         cross_mixer: MixerChoice | None = None,
-        ffn: str | Callable[..., nn.Module] | None = "gelu",
+        ffn: FFNChoice = "gelu",
         mlp_ratio: float | None = None,
         norm: str = "layernorm",
         norm_eps: float | None = None,
         prenorm: bool = True,
+        parallel: bool = False,
+        layer_scale: float | None = None,
         position: str = "none",
         max_len: int | None = None,
         causal: bool = False,
@@ -110,6 +113,8 @@ class Backbone(nn.Module):
                 norm=norm,
                 norm_eps=norm_eps,
                 prenorm=prenorm,
+                parallel=parallel,
+                layer_scale=layer_scale,
                 proj_drop=proj_drop,
                 drop_path=drop_path * i / max(depth - 1, 1),
             )

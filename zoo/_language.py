@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..blocks.backbone import Backbone, BackboneState, MixerChoice
 from ..blocks.layers.embeddings import TokenEmbedding
+from ..blocks.layers.ffn import FFNChoice
 from ..blocks.layers.heads import LanguageHead
 from ..blocks.layers.ngrams import NGramEmbedding
 from ..blocks.sequence_model import SequenceModel, SequenceOutput, SequenceState
@@ -18,15 +19,14 @@ from ..blocks.sequence_model import SequenceModel, SequenceOutput, SequenceState
 class LanguageModel(nn.Module):
     """Tokens (B, L) to the logits of the next token, (B, L, vocab_size).
 
-    vocab_size: tokens, 256 for bytes. dim, depth, mixer, ffn, mlp_ratio, norm, norm_eps, position, max_len, proj_drop,
-    drop_path: the backbone, as `Backbone` takes them. causal: False lets every position see all others, for masked
-    language modelling; such a model carries no state. tie_embeddings: the head reuses the embedding's table.
-    embedding_std: of the normal start of embedding and head. embedding_scale, embedding_drop: see `TokenEmbedding`.
-    ngrams: orders of hashed n-grams that are looked up beside each token, none by default; ngram_size, ngram_width:
-    rows of a table and their width, see `NGramEmbedding`.
-    rescale_residual: output projections of mixers and
-    feed-forwards start smaller by the root of the number of residual branches (GPT-2, and Mamba, whose blocks have
-    one branch).
+    vocab_size: tokens, 256 for bytes. dim, depth, mixer, ffn, mlp_ratio, norm, norm_eps, prenorm, parallel, position,
+    max_len, proj_drop, drop_path: the backbone, as `Backbone` takes them. causal: False lets every position see all
+    others, for masked language modelling; such a model carries no state. tie_embeddings: the head reuses the
+    embedding's table. embedding_std: of the normal start of embedding and head. embedding_scale, embedding_drop: see
+    `TokenEmbedding`. ngrams: orders of hashed n-grams that are looked up beside each token, none by default;
+    ngram_size, ngram_width: rows of a table and their width, see `NGramEmbedding`. rescale_residual: output projections
+    of mixers and feed-forwards start smaller by the root of the number of residual branches (GPT-2, and Mamba, whose
+    blocks have one branch).
 
     config: set by `create_model`.
     """
@@ -40,10 +40,12 @@ class LanguageModel(nn.Module):
         mixer: MixerChoice | Sequence[MixerChoice] = "softmax",
         dim: int = 64,
         depth: int = 2,
-        ffn: str | Callable[..., nn.Module] | None = "swiglu",
+        ffn: FFNChoice = "swiglu",
         mlp_ratio: float | None = None,
         norm: str = "rmsnorm",
         norm_eps: float | None = None,
+        prenorm: bool = True,
+        parallel: bool = False,
         position: str = "none",
         max_len: int | None = None,
         causal: bool = True,
@@ -76,11 +78,14 @@ class LanguageModel(nn.Module):
             mlp_ratio=mlp_ratio,
             norm=norm,
             norm_eps=norm_eps,
+            prenorm=prenorm,
+            parallel=parallel,
             position=position,
             max_len=max_len,
             causal=causal,
             proj_drop=proj_drop,
             drop_path=drop_path,
+            final_norm=prenorm,
         )
         if rescale_residual:
             _rescale_residual(backbone)

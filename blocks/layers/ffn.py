@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,9 @@ class GeluMLP(nn.Module):
     """Two-layer perceptron (arXiv:1706.03762 with the GELU of arXiv:1606.08415): y = W2 gelu(W1 x + b1) + b2.
 
     dim: channels in and out. mlp_ratio: hidden channels per channel (dim * mlp_ratio, rounded down). drop:
-    dropout after the activation and after the output. bias: on both layers. GELU is the exact one (erf).
-    Weights are Xavier-uniform, biases zero. Raises ValueError for a ratio that is not positive.
+    dropout after the activation and after the output. bias: on both layers. approximate: "none", the exact GELU
+    (erf), or "tanh", as GPT-2 computes it. Weights are Xavier-uniform, biases zero. Raises ValueError for a ratio that
+    is not positive and for another form of GELU.
     """
 
     def __init__(
@@ -39,10 +42,14 @@ class GeluMLP(nn.Module):
         drop: float = 0.0,
         bias: bool = True,
         *,
+        approximate: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"approximate={approximate!r} is unknown.{did_you_mean(approximate, ('none', 'tanh'))}")
+        self.approximate = approximate
         hidden = _hidden_width(dim, mlp_ratio, 1)
         self.up_proj = nn.Linear(dim, hidden, bias=bias, device=device, dtype=dtype)
         self.down_proj = nn.Linear(hidden, dim, bias=bias, device=device, dtype=dtype)
@@ -50,7 +57,7 @@ class GeluMLP(nn.Module):
         reset_linear(self.up_proj, self.down_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.down_proj(self.drop(F.gelu(self.up_proj(x)))))
+        return self.drop(self.down_proj(self.drop(F.gelu(self.up_proj(x), approximate=self.approximate))))
 
 
 class SiluMLP(GeluMLP):
@@ -127,20 +134,31 @@ class SGLU(SwiGLU):
 
 
 FFNS: dict[str, Callable[..., nn.Module]] = {"gelu": GeluMLP, "silu": SiluMLP, "swiglu": SwiGLU, "sglu": SGLU}
+FFNChoice = str | dict[str, Any] | Callable[..., nn.Module] | None
 
 
-def create_ffn(
-    ffn: str | Callable[..., nn.Module] | None, dim: int, mlp_ratio: float | None = None, drop: float = 0.0
-) -> nn.Module | None:
+def create_ffn(ffn: FFNChoice, dim: int, mlp_ratio: float | None = None, drop: float = 0.0) -> nn.Module | None:
     """Build a feed-forward layer of width `dim`; None for "none" and None, a block without one.
 
-    ffn: a name of `FFNS`, "none", None, or a class or factory called as `ffn(dim[, mlp_ratio=], drop=)`.
-    mlp_ratio None keeps the default of the layer. Raises ValueError for an unknown name.
+    ffn: a name of `FFNS`, `{"name": ..., **options}` ("bias", say), "none", None, or a class or factory called as
+    `ffn(dim[, mlp_ratio=], drop=)`. mlp_ratio None keeps the default of the layer. Raises ValueError for an unknown
+    name or option.
     """
+    options: dict[str, Any] = {}
+    if isinstance(ffn, dict):
+        options = {key: value for key, value in ffn.items() if key != "name"}
+        if "name" not in ffn:
+            raise ValueError(f"a feed-forward layer given as a dict needs the key 'name', got {sorted(ffn)}")
+        ffn = ffn["name"]
     if ffn is None or ffn == "none":
         return None
     if isinstance(ffn, str):
         if ffn not in FFNS:
             raise ValueError(f"unknown feed-forward layer {ffn!r}.{did_you_mean(ffn, [*FFNS, 'none'])}")
-        ffn = FFNS[ffn]
-    return ffn(dim, drop=drop) if mlp_ratio is None else ffn(dim, mlp_ratio=mlp_ratio, drop=drop)
+        ffn, name = FFNS[ffn], ffn
+        valid = set(inspect.signature(ffn).parameters) - {"dim"}
+        for key in options:
+            if key not in valid:
+                raise ValueError(f"feed-forward layer {name!r} has no option {key!r}.{did_you_mean(key, valid)}")
+    ratio = {} if mlp_ratio is None else {"mlp_ratio": mlp_ratio}
+    return ffn(dim, **{"drop": drop, **ratio, **options})

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from seqzoo.blocks.backbone import Backbone, token_positions
+from seqzoo.blocks.parameters import parameter_groups
 from seqzoo.blocks.registry import list_mixers
 from seqzoo.blocks.sequence_model import SequenceModel
 
@@ -189,3 +190,41 @@ def test_sequence_model_refuses_parts_of_another_width():
     embedding.dim = 8
     with pytest.raises(ValueError, match="embedding has dim=8"):
         SequenceModel(embedding, Backbone(16, 1, mixer="linear"))
+
+
+def test_parallel_branches_read_the_same_input():
+    """x + mixer(norm(x)) + ffn(norm'(x)), whole and in pieces."""
+    backbone = Backbone(16, 1, mixer="softmax", causal=True, parallel=True, final_norm=False).double().eval()
+    (block,) = backbone.blocks
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    nn.init.normal_(block.norm_ffn.weight)
+    want = x + block.mixer(block.norm_mixer(x)).y + block.ffn(block.norm_ffn(x))
+    torch.testing.assert_close(backbone(x).y, want)
+    torch.testing.assert_close(run_in_pieces(backbone, x, [3, 1, 2]), want)
+    for wrong in ({"prenorm": False}, {"ffn": "none"}, {"cross_mixer": "softmax"}):
+        with pytest.raises(ValueError, match="parallel=True needs"):
+            Backbone(16, 1, parallel=True, **wrong)
+
+
+def test_layer_scale_multiplies_every_branch():
+    options = {"mixer": "softmax", "cross_mixer": "softmax", "final_norm": False}
+    backbone = Backbone(16, 1, layer_scale=0.25, **options).double().eval()
+    (block,) = backbone.blocks
+    gains = [block.scale_mixer, block.scale_cross, block.scale_ffn]
+    assert all(g.shape == (16,) and bool((g == 0.25).all()) for g in gains)
+    for gain in gains:
+        nn.init.normal_(gain)
+    x, context = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 4, 16, dtype=torch.float64)
+    want = x + block.mixer(block.norm_mixer(x)).y * gains[0]
+    want = want + block.cross_mixer(block.norm_cross(want), context).y * gains[1]
+    want = want + block.ffn(block.norm_ffn(want)) * gains[2]
+    torch.testing.assert_close(backbone(x, context).y, want)
+    groups = parameter_groups(backbone, lr=1.0, weight_decay=0.5)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert not decayed & {id(gain) for gain in gains}
+    assert not any("scale" in name for name in Backbone(16, 1, **options).state_dict())
+
+
+def test_a_feed_forward_may_have_options():
+    backbone = Backbone(16, 1, ffn={"name": "swiglu", "bias": True, "mlp_ratio": 2.0})
+    assert backbone.blocks[0].ffn.up_proj.bias.shape == (32,)

@@ -132,6 +132,22 @@ def test_create_ffn():
         create_ffn("swigl", 8)
 
 
+def test_a_feed_forward_of_a_dict_has_options():
+    assert create_ffn({"name": "none"}, 8) is None
+    layer = create_ffn({"name": "gelu", "bias": False, "approximate": "tanh"}, 8, mlp_ratio=2, drop=0.3)
+    assert layer.up_proj.bias is None and layer.up_proj.out_features == 16 and layer.drop.p == 0.3
+    x = torch.randn(3, 8)
+    hidden = layer.up_proj(x)
+    cubic = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+    torch.testing.assert_close(layer.eval()(x), cubic @ layer.down_proj.weight.T)
+    assert not torch.allclose(layer(x), F.gelu(hidden) @ layer.down_proj.weight.T, atol=1e-6)
+    for wrong, message in (({"name": "gelu", "bia": 1}, "bias"), ({"bias": True}, "needs the key 'name'")):
+        with pytest.raises(ValueError, match=message):
+            create_ffn(wrong, 8)
+    with pytest.raises(ValueError, match="approximate='tan'"):
+        create_ffn({"name": "gelu", "approximate": "tan"}, 8)
+
+
 def test_real_tokens_come_first_and_go_back():
     mask = torch.tensor([[False, True, True, False, True], [False] * 5, [True] * 5])
     x = torch.arange(5).expand(3, -1)
