@@ -96,8 +96,9 @@ def search_time(
     locate: (window, frames (n,)) -> sub-windows [(start, end)]. reflect: (window, frames) -> confidence in 0 .. 1, for
     a model that answers yes or no P(yes) / (P(yes) + P(no)). grid: (window, number) -> at most so many frames to look
     at, any numbers, equal ones the same frame. frames, root_frames, reflect_frames: to locate in a window, in the first
-    one (None: as in any), and to verify. max_calls: of both functions. max_frames: different frames, None: no limit;
-    a look at its last ones is a coarser one. tau_stop: None, never stop early.
+    one (None: as in any), and to verify. max_calls: of both functions. max_frames: different frames, None: no limit; a
+    look for which fewer are left is a coarser one, and what was looked at before costs nothing. tau_stop: None, never
+    stop early.
     Raises UserError for values outside these and for confidences outside 0 .. 1.
     """
     root = Window(float(window[0]), float(window[1]))
@@ -223,12 +224,22 @@ class _Budget:
         self.spent = ""
 
     def take(self, window: Window, number: int) -> np.ndarray | None:
-        """The frames to look at in a window with one call, fewer than `number` where no more are left; None: spent."""
-        left = number if self.max_frames is None else min(self.max_frames - len(self.seen), number)
-        if self.calls >= self.max_calls or left < 1:
-            self.spent = "calls" if self.calls >= self.max_calls else "frames"
+        """The frames to look at in a window with one call; None where a budget is spent.
+
+        Of those that were not looked at before only as many as are left, evenly.
+        """
+        if self.calls >= self.max_calls:
+            self.spent = "calls"
             return None
-        found = self.grid(window, left)
+        found = self.grid(window, number)
+        new = [place for place, frame in enumerate(found.tolist()) if frame not in self.seen]
+        left = math.inf if self.max_frames is None else self.max_frames - len(self.seen)
+        if len(new) > left:
+            kept = {new[(2 * i + 1) * len(new) // (2 * int(left))] for i in range(int(left))}
+            found = np.delete(found, [place for place in new if place not in kept])
+            if not len(found):
+                self.spent = "frames"
+                return None
         self.calls += 1
         self.seen.update(found.tolist())
         return found

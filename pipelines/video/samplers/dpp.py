@@ -8,6 +8,7 @@ from .inputs import Sample, Values, check_inputs, check_number, need_features, n
 from .uniform import uniform_indices
 
 EPS = 1e-10
+_TIE = 1e-12  # gains that differ by rounding alone are equal
 
 
 def greedy_map(relevance: np.ndarray, features: np.ndarray, budget: int, *, eps: float = EPS) -> np.ndarray:
@@ -25,9 +26,10 @@ def greedy_map(relevance: np.ndarray, features: np.ndarray, budget: int, *, eps:
     order: list[int] = []
     least = eps * gains.max()
     while len(order) < len(factor):
-        best = int(np.argmax(gains))
-        if not gains[best] > least:
+        most = gains.max()
+        if not most > least:
             break
+        best = int(np.argmax(gains >= (1 - _TIE) * most))
         step = len(order)
         row = relevance[best] * relevance * (features @ features[best])
         factor[step] = (row - factor[:step, best] @ factor[:step]) / np.sqrt(gains[best])

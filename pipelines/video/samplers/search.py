@@ -15,6 +15,7 @@ from .uniform import uniform_indices
 
 # A share of the frames that may be scored is at least so many times the budget.
 LEAST_SCORED = 4
+HALF = 0.5  # of the highest, from which on frames of a closer look are a sub-window
 _CALLS = 100_000  # of functions that cost nothing; frames are what is limited
 
 
@@ -63,8 +64,9 @@ def sample_time_search(
     Of the frames only `max_scored` are scored: give scores as a function of indices, and no other is computed. The
     first look takes the share `coarse` of them, evenly over the video; the contrast z of a score is its distance from
     the median of these in robust standard deviations. Locate: a run of frames with z >= spot is a sub-window, from the
-    looked-at frame before it to the one after it; the highest first, as many as can still be looked at. Reflect: of the
-    frames in a sub-window the highest z, as confidence 1 / (1 + exp(sure - z)). Then narrower, the surest first.
+    looked-at frame before it to the one after it, the highest first, as many as can still be looked at; in a closer
+    look a run of at least half of its highest z. Reflect: of the frames in a sub-window the highest z, as confidence
+    z / (z + sure), so that tau = 0.5 asks for z = sure.
     The budget: the `num_windows` surest spots that do not overlap (None: half of the budget, at least 4) get frames in
     proportion to confidence x seconds, one each first; in a spot its highest frame, then the highest of equal parts.
     What is left over, all of it where nothing stands out, covers the video: of equal parts the highest frame that was
@@ -89,7 +91,9 @@ def sample_time_search(
         check_whole("num_windows", num_windows, 1)
     step = float(np.median(np.diff(times))) if number > 1 else 0.0
     step = step if step > 0 else 1.0
-    view = _View(times, known, most, reflect_frames, check_number("spot", spot, above=0.0), float(sure))
+    view = _View(
+        times, known, most, reflect_frames, check_number("spot", spot, above=0.0), check_number("sure", sure, above=0.0)
+    )
     trace = search_time(
         (times[0], times[-1] + step),
         view.locate,
@@ -125,17 +129,29 @@ class _View:
         return int(first), int(stop)
 
     def grid(self, window: Window, number: int) -> np.ndarray:
+        """Of equal parts of the frames in a window the one that has been scored nearest to the middle, else this."""
         first, stop = self.range(window)
-        return first + uniform_indices(stop - first, number) if stop > first else np.empty(0, dtype=np.int64)
+        if stop == first:
+            return np.empty(0, dtype=np.int64)
+        found = first + uniform_indices(stop - first, number)
+        known = first + np.flatnonzero(~np.isnan(self.scores.known(np.arange(first, stop))))
+        if not len(known):
+            return found
+        after = np.minimum(np.searchsorted(known, found), len(known) - 1)
+        before, after = known[np.maximum(after - 1, 0)], known[after]
+        near = np.where(np.abs(before - found) <= np.abs(after - found), before, after)
+        edges = first + np.arange(len(found) + 1, dtype=np.int64) * (stop - first) // len(found)
+        return np.where((near >= edges[:-1]) & (near < edges[1:]), near, found)
 
     def locate(self, window: Window, frames: np.ndarray) -> list[tuple[float, float]]:
         if not len(frames):
             return []
         scores = self.scores.at(frames)
-        if self.contrast is None:
-            self.contrast = contrast_of(scores)
-        high = self.contrast.of(scores)
-        runs = np.flatnonzero(np.diff(np.concatenate(([0], (high >= self.spot).astype(np.int8), [0]))))
+        first_look = self.contrast is None
+        contrast = self.contrast = self.contrast or contrast_of(scores)
+        high = contrast.of(scores)
+        level = self.spot if first_look else max(self.spot, HALF * float(high.max()))
+        runs = np.flatnonzero(np.diff(np.concatenate(([0], (high >= level).astype(np.int8), [0]))))
         found = []
         for first, stop in runs.reshape(-1, 2).tolist():
             start = self.times[frames[first - 1]] if first else window.start
@@ -159,7 +175,7 @@ class _View:
         # what earlier looks saw in the window counts too
         known = self.scores.known(np.arange(*self.range(window)))
         high = float(self.contrast.of(known[~np.isnan(known)]).max())
-        return 1 / (1 + math.exp(min(self.sure - high, 700.0)))
+        return 1.0 if math.isinf(high) and high > 0 else max(high, 0.0) / (max(high, 0.0) + self.sure)
 
     def choose(self, spots: list[Spot], budget: int) -> np.ndarray:
         """The frames, those of the surest spot first, then what covers the video."""
