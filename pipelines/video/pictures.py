@@ -124,14 +124,14 @@ def plot_sheet(
 
 
 def clock(seconds: float, *, whole: bool = False) -> str:
-    """A time as people write it: "3.2", "1:03.2", "1:01:03.2"; whole: "0:03", "1:03", "1:01:03"."""
+    """A time as people write it: "3.2 s", "1:03.2", "1:01:03.2"; whole: "0:03", "1:03", "1:01:03"."""
     tenths = round(seconds * 10)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
     small = f"{rest // 10:02d}" if whole else f"{rest // 10:02d}.{rest % 10}"
     if hours:
         return f"{hours}:{minutes:02d}:{small}"
-    return f"{minutes}:{small}" if whole or minutes else small.removeprefix("0")
+    return f"{minutes}:{small}" if whole or minutes else f"{small.removeprefix('0')} s"
 
 
 def _draw_scores(axis: Any, times: np.ndarray, scores: np.ndarray, seconds: float) -> None:

@@ -27,6 +27,9 @@ class ConceptScorer:
     device: "auto", "cpu", "cuda". Raises UserError saying what to install.
     """
 
+    # Queries for what none of our clips shows stay below it in all frames of them.
+    floor = 0.4
+
     def __init__(
         self,
         *,

@@ -19,6 +19,7 @@ class FrameScorer(Protocol):
 
     key: names the scorer, its settings and its weights; features under equal keys are equal. size: height and width in
     which it looks at frames, so that a reader may give them so; frames of any other size are scaled to it. dim: D.
+    A scorer may have a `floor`, the least score of a frame that fits a query at all.
     """
 
     key: str

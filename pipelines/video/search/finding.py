@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ from ..scoring.scorer import FrameScorer, check_queries
 from ..spans import Levels, Span, score_spans
 from ..time_search import Trace
 
-# How scores become spans, and what `score_spans` and `score_levels` take for it.
+# How scores become spans: see `span_levels`, and `score_spans` for the last two.
 SPANS: dict[str, float | None] = {
     "high": 0.5,
     "low": 0.3,
-    "contrast": 2.0,
+    "floor": None,
+    "contrast": 0.0,
     "threshold": None,
     "max_gap": 1.0,
     "min_seconds": 0.0,
@@ -70,12 +72,14 @@ def find(
     reader: a `VideoReader` or `VirtualVideo`, opened with size=scorer.size. sampler: a name or what `create_sampler`
     gives; with time_search only the frames that it asks for are read and encoded, with any other all that are shown at
     0, 1/fps, ... seconds. budget: frames that it chooses for each query. spans: keys of SPANS; threshold is a score
-    instead of a part of the way from the median to the highest. max_frames, batch_size, cache, progress: of
-    `FrameVectors`. Raises UserError for an empty query or a wrong option, VideoError for a damaged video.
+    instead of a part of the way from the median to the highest, a floor of null the scorer's own. max_frames,
+    batch_size, cache, progress: of `FrameVectors`. Raises UserError for an empty query or a wrong option, VideoError
+    for a damaged video.
     """
     queries = check_queries(queries)
     check_whole("budget", budget, 1)
     options = check_spans(spans)
+    options["floor"] = getattr(scorer, "floor", None) if options["floor"] is None else options["floor"]
     choose = create_sampler(sampler) if isinstance(sampler, str) else sampler
     asks = is_lazy(sampler)
     wanted = np.stack([scorer.encode_query(query) for query in queries])
@@ -103,19 +107,40 @@ def find(
 def decode_spans(
     times: np.ndarray, scores: np.ndarray, seconds: float, options: Mapping[str, float | None]
 ) -> list[Span]:
-    """The spans of the scores that are there (NaN: not looked at), the best first."""
+    """The spans of the scores that are there (NaN: not looked at), the best first. options: all of SPANS."""
     there = np.isfinite(scores)
-    threshold, kept = options["threshold"], {key: value for key, value in options.items() if key != "threshold"}
-    levels = None
-    if threshold is not None:
-        high, low = float(kept.pop("high") or 0), float(kept.pop("low") or 0)
-        kept.pop("contrast")
-        middle = float(np.median(scores[there]))
-        # it goes on as far below the threshold as between the parts low and high of the way
-        levels = Levels(threshold, min(threshold, middle + (threshold - middle) * low / high if high else threshold))
-    own: dict[str, Any] = kept
-    found = score_spans(times[there], scores[there], levels=levels, start=0.0, end=seconds, **own)
+    kept: dict[str, Any] = {key: options[key] for key in ("max_gap", "min_seconds")}
+    levels = span_levels(scores[there], **{key: value for key, value in options.items() if key not in kept})
+    found = score_spans(times[there], scores[there], levels=levels, start=0.0, end=seconds, **kept)
     return sorted(found, key=lambda span: (-span.score, span.start))
+
+
+def span_levels(
+    scores: np.ndarray,
+    *,
+    high: float | None = 0.5,
+    low: float | None = 0.3,
+    floor: float | None = None,
+    contrast: float | None = 0.0,
+    threshold: float | None = None,
+) -> Levels:
+    """The levels at the parts `high` and `low` of the way from a base to the highest of the scores (N,).
+
+    The base is the median, what most frames have that show something else. floor: the least score of what fits a query
+    at all, None: unknown; nothing is found below it, and where more than half of the frames are above the level that
+    starts from it, what is looked for is seen most of the time, and it is the base. contrast: nothing is found where
+    the highest is not so many robust standard deviations above the median. threshold: a score instead of `high`.
+    """
+    up, on = float(high or 0), float(low or 0)
+    middle, top = float(np.median(scores)), float(np.max(scores))
+    if threshold is not None:
+        return Levels(threshold, min(threshold, middle + (threshold - middle) * on / up if up else threshold))
+    spread = 1.4826 * float(np.median(np.abs(scores - middle)))
+    least = -math.inf if floor is None else floor
+    if top < least or (top <= middle and floor is None) or top - middle < (contrast or 0) * spread:
+        return Levels(math.inf, math.inf)
+    base = least if floor is not None and middle >= floor + up * (top - floor) else middle
+    return Levels(max(base + up * (top - base), least), base + on * (top - base))
 
 
 def check_spans(options: Mapping[str, Any] | None) -> dict[str, float | None]:
@@ -123,7 +148,7 @@ def check_spans(options: Mapping[str, Any] | None) -> dict[str, float | None]:
     for key, value in (options or {}).items():
         if key not in SPANS:
             raise UserError(f"unknown option of spans {key!r}.{nearest(key, SPANS)}")
-        if value is None and key == "threshold":
+        if value is None and key in ("threshold", "floor"):
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
             raise UserError(f"spans.{key}={value!r} must be a number")

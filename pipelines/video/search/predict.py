@@ -77,8 +77,8 @@ def predict(cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     _say(rows, jobs, output)
     speed, skipped = seconds / max(took, 1e-9), sum(bad.causes.values())
     print(
-        f"{clock(seconds)} of {len(jobs) - skipped:,} video(s) searched in {took:.1f} seconds, {speed:.1f} times as fast "
-        f"as they play; {scored:,} frames scored, {encoded:,} of them read now; pictures in {run_dir}",
+        f"{clock(seconds)} of {len(jobs) - skipped:,} video(s) searched in {took:.1f} seconds, {speed:.1f} times as "
+        f"fast as they play; {scored:,} frames scored, {encoded:,} of them read now; pictures in {run_dir}",
         flush=True,
     )
     if bad.causes:
