@@ -13,6 +13,7 @@ from ..blocks.layers.front_end import FrontEndOutput, FrontEndState
 from ..blocks.layers.front_ends import create_front_end, measure
 from ..blocks.layers.time_encoding import AbsoluteTimeEncoding
 from ..blocks.layers.token_merging import TokenMerging
+from ._features import ZooModel
 
 
 class AudioState(NamedTuple):
@@ -164,3 +165,25 @@ class AudioEncoder(nn.Module):
         if state is None:
             return AudioOutput(out.y, None, out.aux, lengths)
         return AudioOutput(out.y, AudioState(state.front, state.given + lengths, out.state), out.aux, lengths)
+
+
+class AudioZooModel(ZooModel):
+    """A model of recordings (B, T), whose `encoder` hears them."""
+
+    encoder: AudioEncoder
+
+    def _run_trunk(self, samples: Tensor, lengths: Tensor | None = None, **arguments: Any) -> AudioOutput:
+        return self.encoder(samples, lengths, **arguments)
+
+    @property
+    def feature_reduction(self) -> int:
+        return int(self.encoder.front_end.hop_length)
+
+    @property
+    def input_spec(self) -> dict[str, Any]:
+        return {"kind": "samples", "sample_rate": self.encoder.sample_rate}
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor]:
+        """Half a second of noise."""
+        shape = (batch_size, self.encoder.sample_rate // 2)
+        return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 0.2 - 0.1,)

@@ -4,25 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ._features import ZooModel
 
-class ImageClassifier(nn.Module):
+
+class ImageClassifier(ZooModel):
     """A model from images (B, in_channels, H, W) to logits (B, num_classes).
 
-    A subclass defines `forward_features` and builds `head`, a linear map, or the identity where num_classes is 0 (then
-    the output is the features). config: set by `create_model`.
+    A subclass defines `embed` and builds `head`, a linear map, or the identity where num_classes is 0 (then the output
+    is what `embed` gives). in_channels, img_size: of the images, in pixels; None where any size will do.
     """
 
     head: nn.Module
-    config: dict[str, Any]
+    in_channels: int
+    img_size: int | tuple[int, int] | None = None
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The features (B, D) that the head reads."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward_features")
+    def embed(self, images: Tensor) -> Tensor:
+        """The pooled features (B, D) that the head reads."""
+        raise NotImplementedError(f"{type(self).__name__} must define embed")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.forward_features(images))
+        return self.head(self.embed(images))
+
+    def _run_trunk(self, images: Tensor) -> Tensor:
+        return self.embed(images)
+
+    @property
+    def input_spec(self) -> dict[str, Any]:
+        return {
+            "kind": "image",
+            "channels": self.in_channels,
+            "size": list(self.img_size) if isinstance(self.img_size, tuple) else self.img_size,
+        }
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor]:
+        """Images of the model's size, or of 64 pixels."""
+        size = self.img_size or 64
+        shape = (batch_size, self.in_channels, *((size, size) if isinstance(size, int) else size))
+        return (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
+
+    def _start_classifier(self, layer: nn.Linear) -> None:
+        reset_vit_linear(layer)
 
 
 def create_classifier(dim: int, num_classes: int) -> nn.Module:

@@ -14,9 +14,10 @@ from ..blocks.layers.ffn import FFNChoice
 from ..blocks.layers.heads import LanguageHead
 from ..blocks.layers.ngrams import NGramEmbedding
 from ..blocks.sequence_model import SequenceModel, SequenceOutput, SequenceState
+from ._features import ZooModel
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(ZooModel):
     """Tokens (B, L) to the logits of the next token, (B, L, vocab_size).
 
     vocab_size: tokens, 256 for bytes. dim, depth, mixer, ffn, mlp_ratio, norm, norm_eps, prenorm, parallel, position,
@@ -31,7 +32,7 @@ class LanguageModel(nn.Module):
     config: set by `create_model`.
     """
 
-    config: dict[str, Any]
+    heads = ("model.head.", "model.embedding.")  # another vocabulary needs both
 
     def __init__(
         self,
@@ -107,6 +108,17 @@ class LanguageModel(nn.Module):
         """tokens: int64 (B, L). mask, cu_seqlens, state: as `Mixer.forward`. Returns y, the logits (B, L, vocab_size),
         the carried state when one was passed in, and auxiliary losses by name."""
         return self.model(tokens, mask=mask, cu_seqlens=cu_seqlens, state=state)
+
+    def _run_trunk(self, tokens: Tensor, **arguments: Any) -> Any:
+        return self.model.forward_features(tokens, **arguments)
+
+    @property
+    def input_spec(self) -> dict[str, Any]:
+        return {"kind": "tokens", "vocab_size": self.vocab_size, "causal": self.backbone.causal}
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor]:
+        """Tokens (B, 12)."""
+        return (torch.randint(self.vocab_size, (batch_size, 12), generator=torch.Generator().manual_seed(0)),)
 
     def init_state(self, batch_size: int, **arguments: Any) -> BackboneState | SequenceState:
         """The state before the first token; arguments as `Mixer.init_state`. Raises ValueError where there is none."""

@@ -57,7 +57,7 @@ class AgentDeiT(ImageClassifier):
                 f"num_agent_layers={num_agent_layers} must be between 0 and depth={depth}, or None for all"
             )
         side = img_size // patch_size
-        self.img_size, self.grid = img_size, (side, side)
+        self.img_size, self.grid, self.in_channels = img_size, (side, side), in_channels
         common: dict[str, Any] = {"num_heads": num_heads, "qkv_bias": qkv_bias, "attn_drop": attn_drop}
         agent = {"name": "agent", **common, "num_agents": num_agents, "grid_size": self.grid, "num_prefix_tokens": 1}
         mixers: list[MixerChoice] = [agent] * with_agents
@@ -84,7 +84,13 @@ class AgentDeiT(ImageClassifier):
             nn.init.trunc_normal_(token, std=0.02)
         reset_vit_linear(self)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    mixers = ("agent", "softmax")
+
+    @property
+    def feature_reduction(self) -> int:
+        return int(self.patch_embed.stride[0])
+
+    def embed(self, images: Tensor) -> Tensor:
         """The class token after the last norm, (B, dim). Raises ValueError for images of another size."""
         if images.dim() != 4 or tuple(images.shape[2:]) != (self.img_size, self.img_size):
             raise ValueError(

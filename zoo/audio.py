@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..blocks.backbone import MixerChoice
 from ..blocks.registry import did_you_mean
-from ._audio import AudioEncoder, AudioOutput, AudioState
+from ._audio import AudioEncoder, AudioOutput, AudioState, AudioZooModel
 from ._registry import register_sizes
 from .classifier import POOLINGS, pool
 
@@ -26,10 +26,8 @@ HEADS = ("labels", "text")
 _RARE = 0.03
 
 
-class _AudioModel(nn.Module):
+class _AudioModel(AudioZooModel):
     """An `AudioEncoder` with a head; the constructors of the subclasses say what its options are."""
-
-    config: dict[str, Any]
 
     def __init__(self, num_classes: int, **encoder: Any) -> None:
         super().__init__()
@@ -37,10 +35,6 @@ class _AudioModel(nn.Module):
             raise ValueError(f"num_classes={num_classes!r} must be a positive integer")
         self.num_classes = num_classes
         self.encoder = AudioEncoder(**encoder)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.encoder.backbone.set_grad_checkpointing(enable)
 
 
 class AudioClassifier(_AudioModel):
@@ -107,6 +101,8 @@ class EventDetector(_AudioModel):
     """
 
     label_vectors: Tensor
+    classifier = "out"
+    heads = ("out.", "label_vectors")
 
     def __init__(
         self,
@@ -147,7 +143,14 @@ class EventDetector(_AudioModel):
             self.register_buffer("label_vectors", torch.zeros(num_classes, text_dim))
         else:
             self.out = nn.Linear(dim, num_classes)
-            nn.init.constant_(self.out.bias, rare)
+            self._start_classifier(self.out)
+
+    def _start_classifier(self, layer: nn.Linear) -> None:
+        nn.init.constant_(layer.bias, math.log(_RARE / (1 - _RARE)))
+
+    @property
+    def is_classifier(self) -> bool:
+        return not self.text  # whose labels are vectors: `set_label_vectors`
 
     def forward(
         self, samples: Tensor, lengths: Tensor | None = None, *, state: AudioState | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..blocks.backbone import MixerChoice
 from ..blocks.layers.contrastive import SCORES, ContrastiveScore
 from ..blocks.registry import did_you_mean
-from ._audio import AudioEncoder
+from ._audio import AudioEncoder, AudioZooModel
 from ._registry import register_sizes
 
 CONTEXTS = ("recording", "clip")
@@ -32,7 +32,7 @@ class ClipOutput(NamedTuple):
     aux: dict[str, Tensor]
 
 
-class AudioTextModel(nn.Module):
+class AudioTextModel(AudioZooModel):
     """Recordings (B, T) to vectors of their clips (B, n, E), texts to vectors (C, E), and how well they fit (B, C).
 
     clip_seconds: a clip's vector is W mean(y) over the tokens whose centres lie in it; the last clip has from half to
@@ -43,7 +43,7 @@ class AudioTextModel(nn.Module):
     Raises ValueError as those do, and for clips that are shorter than a token.
     """
 
-    config: dict[str, Any]
+    heads = ("audio_proj.", "text_proj.", "token_proj.")
 
     def __init__(
         self,
@@ -142,9 +142,8 @@ class AudioTextModel(nn.Module):
         edges = [i * self._clip / self.encoder.sample_rate for i in range(count)] + [seconds]
         return list(itertools.pairwise(edges))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.encoder.backbone.set_grad_checkpointing(enable)
+    def _run_trunk(self, samples: Tensor, lengths: Tensor | None = None) -> ClipOutput:
+        return self(samples, lengths)  # with context="clip" what is heard are clips
 
     def _clip_of(self, number: int, lengths: Tensor) -> Tensor:
         """The clip of each token, int64 (B, number); what lies beyond a row's has its last clip."""

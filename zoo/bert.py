@@ -140,6 +140,9 @@ class BertModel(LanguageModel):
     and heads. Raises ValueError for another head.
     """
 
+    classifier = "model.head"
+    mixers = ("softmax",)
+
     def __init__(
         self,
         *,
@@ -211,9 +214,16 @@ class BertModel(LanguageModel):
         state: BackboneState | SequenceState | None = None,
         token_types: Tensor | None = None,
     ) -> SequenceOutput:
-        """As `LanguageModel.forward`. token_types: int64 (B, L), the part of the text that a token is of, 0 by default."""
+        """As `LanguageModel.forward`. token_types: int64 (B, L), the part of the text that a token is of, else 0."""
         inputs: Any = tokens if token_types is None else (tokens, token_types)
         return self.model(inputs, mask=mask, cu_seqlens=cu_seqlens, state=state)
+
+    @property
+    def is_classifier(self) -> bool:
+        return isinstance(self.model.head, ClassHead)
+
+    def _run_trunk(self, *args: Any, **arguments: Any) -> SequenceOutput:
+        return self(*args, **arguments)
 
 
 _SIZES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..blocks.block import DropPath
 from ..blocks.layers.ffn import GeluMLP
 from ..blocks.mixers.bi_level_routing import BiLevelRouting
+from ._features import Trunk
 from ._image import ImageClassifier, create_classifier, reset_vit_linear
 from ._registry import register_model
 
@@ -82,8 +84,14 @@ class _Block(nn.Module):
         self.norm_ffn = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = GeluMLP(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
+        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._mix, x, use_reentrant=False)
+        return self._mix(x)
+
+    def _mix(self, x: Tensor) -> Tensor:
         x = x + self.position(x)
         grid = x.shape[2], x.shape[3]
         tokens = x.flatten(2).transpose(1, 2)
@@ -148,12 +156,22 @@ class BiFormer(ImageClassifier):
             ]
             stages.append(nn.Sequential(*first, *_halve(dim // 2 if first else before, dim), *blocks))
             before = dim
+        self.in_channels, self.dims = in_channels, dims
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(before)
         self.head = create_classifier(before, num_classes)
         reset_vit_linear(self)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    mixers = ("bi_level_routing", "softmax")
+
+    def _trunk(self) -> Trunk:
+        blocks = {f"stages.{i}": stage for i, stage in enumerate(self.stages)}
+        return Trunk(self.norm, blocks, self.dims)
+
+    def _reductions(self, number: int) -> list[int]:
+        return [4 << i for i in range(number)]
+
+    def embed(self, images: Tensor) -> Tensor:
         """(B, D), the mean over the grid of the last stage."""
         return self.norm(self.stages(images)).mean((2, 3))
 

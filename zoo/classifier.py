@@ -16,6 +16,7 @@ from ..blocks.backbone import Backbone, MixerChoice
 from ..blocks.layers.embeddings import TokenEmbedding
 from ..blocks.registry import did_you_mean
 from ..blocks.sequence_model import SequenceOutput
+from ._features import ZooModel
 from ._registry import register_sizes
 
 POOLINGS = ("mean", "last", "max")
@@ -61,7 +62,7 @@ def pool(x: Tensor, mask: Tensor | None, how: str) -> Tensor:
     return torch.where(mask.any(1, keepdim=True), torch.where(real, x, -torch.inf).amax(1), 0)
 
 
-class SequenceClassifier(nn.Module):
+class SequenceClassifier(ZooModel):
     """Documents (B, L), or pairs of them (B, 2, L), to logits (B, num_classes).
 
     num_classes; vocab_size: tokens, 256 for bytes. mixer, dim, depth, ffn, mlp_ratio, norm, norm_eps, prenorm,
@@ -74,8 +75,6 @@ class SequenceClassifier(nn.Module):
 
     config: set by `create_model`.
     """
-
-    config: dict[str, Any]
 
     def __init__(
         self,
@@ -144,7 +143,19 @@ class SequenceClassifier(nn.Module):
             width = hidden
         self.head = nn.Sequential(*layers, nn.Linear(width, num_classes))
 
-    def forward_features(self, tokens: Tensor, *, mask: Tensor | None = None) -> SequenceOutput:
+    def _run_trunk(self, tokens: Tensor, *, mask: Tensor | None = None) -> SequenceOutput:
+        return self.embed(tokens, mask=mask)
+
+    @property
+    def input_spec(self) -> dict[str, Any]:
+        return {"kind": "tokens", "vocab_size": self.vocab_size, "towers": self.towers}
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor]:
+        """Tokens (B, 12), or (B, 2, 12) with two towers."""
+        shape = (batch_size, 12) if self.towers == 1 else (batch_size, 2, 12)
+        return (torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(0)),)
+
+    def embed(self, tokens: Tensor, *, mask: Tensor | None = None) -> SequenceOutput:
         """The pooled vectors, (B, D) or (B, 2, D), in y, and the auxiliary losses by name."""
         pairs = self.towers == 2
         if tokens.dim() != 1 + self.towers or (pairs and tokens.shape[1] != 2):
@@ -162,7 +173,7 @@ class SequenceClassifier(nn.Module):
     def forward(self, tokens: Tensor, *, mask: Tensor | None = None) -> SequenceOutput:
         """tokens: int64 (B, L), or (B, 2, L) with two towers. mask: bool of the same shape, True = real token. Returns
         y, the logits (B, num_classes), and auxiliary losses by name; neither pads nor other rows change the logits."""
-        out = self.forward_features(tokens, mask=mask)
+        out = self.embed(tokens, mask=mask)
         x = out.y
         if self.towers == 2:
             first, second = x.unbind(1)

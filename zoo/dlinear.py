@@ -23,6 +23,9 @@ class DLinear(Forecaster):
     all. in_channels must equal out_channels: every channel forecasts itself. It reads no covariates and no calendar.
     """
 
+    no_features = "its linear maps lead from the window to the horizon at once"
+    heads = ("trend.", "remainder.")
+
     def __init__(
         self,
         *,
@@ -49,6 +52,7 @@ class DLinear(Forecaster):
             kernel_size,
             individual,
         )
+        self.in_channels = in_channels
         width = pred_len * self.output.num_params
         copies = in_channels if individual else 1
         self.trend = nn.ModuleList(nn.Linear(seq_len, width) for _ in range(copies))

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..blocks.layers.distributions import create_output
 from ..blocks.layers.dropout import Dropout
 from ..blocks.layers.embeddings import CircularConv, SeriesEmbedding
 from ..blocks.protocol import Mixer
 from ..blocks.registry import create_mixer
+from ._features import Trunk
 from ._forecaster import Forecaster
 from ._registry import register_model
 
@@ -106,6 +108,8 @@ class Informer(Forecaster):
     """
 
     uses = frozenset({"past", "future", "calendar"})
+    heads = ("proj.",)
+    mixers = ("prob_sparse", "softmax")
 
     def __init__(
         self,
@@ -142,6 +146,9 @@ class Informer(Forecaster):
         out_channels = in_channels if out_channels is None else out_channels
         self.output = create_output(loss, levels=quantiles)
         self.pred_len, self.in_channels, self.out_channels = pred_len, in_channels, out_channels
+        self.seq_len, self.num_time_features = seq_len, num_time_features
+        self.num_past_covariates, self.num_future_covariates = num_past_covariates, num_future_covariates
+        self.grad_checkpointing = False
         self.num_past, self.num_future = num_past_covariates, num_future_covariates
         width = in_channels + num_past_covariates + num_future_covariates
         hidden = int(dim * mlp_ratio)
@@ -181,6 +188,20 @@ class Informer(Forecaster):
         self.decoder_norm = nn.LayerNorm(dim)
         self.proj = nn.Linear(dim, out_channels * self.output.num_params)
 
+    def _trunk(self) -> Trunk:
+        """The encoder; what the decoder makes are steps of the horizon."""
+        blocks: dict[str, nn.Module] = {f"encoder.{i}": layer for i, layer in enumerate(self.encoder)}
+        width = int(self.encoder_norm.normalized_shape[0])
+        return Trunk(self.encoder_norm, blocks, (width,) * len(blocks), norm=lambda x, call: self.encoder_norm(x))
+
+    def _reductions(self, number: int) -> list[int]:
+        return [1 << min(i, len(self.distil)) for i in range(number)]
+
+    def _apply_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
     def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encoder values and calendar, decoder values (unknown steps are zero) and calendar."""
         past, known = batch["past_target"], batch["future_covariates"] if self.num_future else None
@@ -204,13 +225,13 @@ class Informer(Forecaster):
         encoder_in, encoder_time, decoder_in, decoder_time = self._inputs(batch)
         x = self.encoder_embedding(encoder_in, encoder_time)
         for i, layer in enumerate(self.encoder):
-            x = layer(x)
+            x = self._apply_layer(layer, x)
             if i < len(self.distil):
                 x = self.distil[i](x)
         context = self.encoder_norm(x)
         y = self.decoder_embedding(decoder_in, decoder_time)
         for i, layer in enumerate(self.decoder):
-            y = layer(y, context, self.pred_len if i == len(self.decoder) - 1 else None)
+            y = self._apply_layer(layer, y, context, self.pred_len if i == len(self.decoder) - 1 else None)
         raw = self.proj(self.decoder_norm(y[:, -self.pred_len :]))
         return self.output.constrain(raw.unflatten(-1, (self.out_channels, self.output.num_params)))
 

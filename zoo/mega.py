@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..blocks.backbone import Backbone, MixerChoice
@@ -125,12 +126,20 @@ class MegaImageClassifier(ImageClassifier):
         if num_classes:
             layers = nn.Linear(dim, head_dim), nn.Linear(head_dim, num_classes, bias=head_bias)
             for layer in layers:
-                nn.init.xavier_uniform_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+                self._start_classifier(layer)
             self.head = nn.Sequential(layers[0], nn.Dropout(drop), nn.GELU(), layers[1])
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def _start_classifier(self, layer: nn.Linear) -> None:
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor]:
+        """Images of 8 pixels, to keep the sequence short."""
+        shape = (batch_size, self.in_channels, 8, 8)
+        return (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
+
+    def embed(self, images: Tensor) -> Tensor:
         """images: (B, in_channels, H, W), normalised. Returns the mean (B, D) over the pixels, row after row."""
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, {self.in_channels}, H, W)")

@@ -36,6 +36,7 @@ class PatchForecaster(Forecaster):
     """
 
     uses = frozenset({"past", "future", "static", "calendar"})
+    heads = ("model.head.", "skip")
 
     def __init__(
         self,
@@ -77,7 +78,10 @@ class PatchForecaster(Forecaster):
                 f"a patch model forecasts its own channels: out_channels={out_channels}, in_channels={in_channels}"
             )
         self.output = create_output(loss, levels=quantiles)
-        self.in_channels, self.pred_len = in_channels, pred_len
+        self.in_channels, self.seq_len, self.pred_len = in_channels, seq_len, pred_len
+        self.num_time_features = num_time_features
+        self.num_past_covariates, self.num_future_covariates = num_past_covariates, num_future_covariates
+        self.num_static_covariates = num_static_covariates
         self.channel_mixing, self.mask_channel = channel_mixing, mask_channel
         self.num_time = num_time_features if calendar else 0
         self.num_past, self.num_future, self.num_static = (
@@ -133,6 +137,11 @@ class PatchForecaster(Forecaster):
     @property
     def reads_calendar(self) -> bool:
         return self.num_time > 0
+
+    @property
+    def feature_reduction(self) -> int:
+        embedding: Any = self.model.embedding
+        return int(embedding.stride)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns the parameters (B, H, C, P) of the output distribution, scaled."""

@@ -27,6 +27,8 @@ class TransNormer(LanguageModel):
     the SGLU. schedule: of the decay, "paper", "alibi" (the public module) or "minimax".
     """
 
+    mixers = ("lightning",)
+
     def __init__(
         self,
         *,

@@ -77,7 +77,7 @@ class VisionTransformer(ImageClassifier):
                     f"{max(1, round(size / side)) * side}"
                 )
         self.grid = (self.img_size[0] // sides[0], self.img_size[1] // sides[1])
-        self.pooling, self.position_prefix = pooling, position_prefix
+        self.in_channels, self.pooling, self.position_prefix = in_channels, pooling, position_prefix
         self.num_prefix_tokens = int(class_token) + num_registers
         patches = self.grid[0] * self.grid[1]
         self.patch_embed = nn.Conv2d(in_channels, dim, sides, sides, bias=patch_bias)
@@ -127,7 +127,11 @@ class VisionTransformer(ImageClassifier):
             x = x + self.pos_embed
         return self.backbone(self.norm_pre(self.pos_drop(x)), grid=self.grid).y
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    @property
+    def feature_reduction(self) -> int:
+        return int(self.patch_embed.stride[0])
+
+    def embed(self, images: Tensor) -> Tensor:
         """The vector (B, dim) that the head reads."""
         x = self.forward_tokens(images)
         x = x[:, 0] if self.pooling == "token" else x[:, self.num_prefix_tokens :].mean(1)

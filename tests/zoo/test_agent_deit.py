@@ -46,7 +46,7 @@ def test_images_to_logits_with_a_gradient_everywhere():
 def test_without_a_head_come_features():
     model = build(num_classes=0).eval()
     images = torch.randn(2, 3, 24, 24)
-    assert model(images).shape == (2, 12) and torch.equal(model(images), model.forward_features(images))
+    assert model(images).shape == (2, 12) and torch.equal(model(images), model.embed(images))
 
 
 def test_which_blocks_have_agents():

@@ -63,7 +63,7 @@ def test_two_towers_read_each_document_with_one_encoder():
     mask = torch.ones(2, 2, 9, dtype=torch.bool)
     mask[0, 1, 6:] = False
     with torch.no_grad():
-        first, second = (single.forward_features(x[:, i], mask=mask[:, i]).y for i in (0, 1))
+        first, second = (single.embed(x[:, i], mask=mask[:, i]).y for i in (0, 1))
         joined = torch.cat((first, second, first * second, first - second), 1)
         torch.testing.assert_close(pair(x, mask=mask).y, pair.head(joined), atol=1e-12, rtol=0)
         assert not torch.allclose(pair(x.flip(1)).y, pair(x).y)
@@ -89,7 +89,7 @@ def test_a_causal_classifier_reads_its_last_token():
     x = tokens(1, 9)
     with torch.no_grad():
         whole = model.backbone(model.embedding(x)).y
-        torch.testing.assert_close(model.forward_features(x[:, :6]).y, whole[:, 5], atol=1e-10, rtol=0)
+        torch.testing.assert_close(model.embed(x[:, :6]).y, whole[:, 5], atol=1e-10, rtol=0)
         assert not torch.allclose(whole[:, 5], whole[:, 4])
 
 
