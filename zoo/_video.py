@@ -129,7 +129,9 @@ class VideoEncoder(nn.Module):
         }
         self.backbone: Backbone | FactorisedBackbone
         if layout == "factorised":
-            self.backbone = FactorisedBackbone(dim, depth, space_mixer=space_mixer or "softmax", **options)
+            self.backbone = FactorisedBackbone(
+                dim, depth, space_mixer="softmax" if space_mixer is None else space_mixer, **options
+            )
         else:
             self.backbone = Backbone(dim, depth, final_norm=prenorm, **options)
 
