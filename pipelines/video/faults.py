@@ -114,8 +114,11 @@ def _check_boxes(file: BinaryIO, name: str) -> None:
         if size == 1:
             size = int.from_bytes(head[8:], "big")
         kinds.append(kind)
-        if kind in (b"moov", b"moof"):
+        if kind == b"moof" or (kind == b"moov" and size >= 8 and place + size <= length):
             return
+        if kind == b"moov" and size >= 8:
+            there = length - place
+            raise VideoError(f"{name} is cut off: its index (moov) is {size:,} bytes, {there:,} are there", "cut off")
         if size == 0:
             break
         if size < 8:

@@ -14,9 +14,9 @@ class FrameTable(NamedTuple):
     stream: its index in the file. pts: int64 (N,), times in units of `base` seconds, rising. end: of the last frame, in
     the same unit. key_frames: int64 (K,), frames at which decoding can start; key_dts: int64 (K,), where to seek for
     them. counted: the file has no times, those here are counted, and decoding starts at the beginning only. height,
-    width: as stored. rotation: degrees clockwise by which a frame is turned to be shown: 0, 90, 180, 270. said: frames
-    by the header, 0 where it does not say. container: the kind of file, such as "mov" or "matroska". alone: there is no
-    other video stream. closed: no frame refers to one before the key frame it is shown after.
+    width: as stored. rotation: degrees clockwise by which a frame is turned to be shown: 0, 90, 180, 270. container:
+    the kind of file, such as "mov" or "matroska". alone: there is no other video stream. closed: no frame refers to one
+    before the key frame that it is shown after.
     """
 
     stream: int
@@ -30,7 +30,6 @@ class FrameTable(NamedTuple):
     width: int
     rotation: int
     codec: str
-    said: int
     container: str
     alone: bool
     closed: bool

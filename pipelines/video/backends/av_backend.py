@@ -41,19 +41,26 @@ def read_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTa
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         kind = container.format.name.split(",")[0]
         said, codec = stream.frames, stream.codec_context.name
+        stated = _stated_seconds(container, stream)
         height, width = stream.codec_context.height, stream.codec_context.width
         with contextlib.suppress(av.FFmpegError):  # cut off: what is before can be used
             for packet in container.demux(stream):
                 beat()
-                if packet.size and not packet.is_discard and not (codec == "vp8" and _hidden(packet)):
+                if packet.is_discard or (codec == "vp8" and packet.size and _hidden(packet)):
+                    said -= 1
+                elif packet.size:
                     packets.add(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe)
     if not len(packets):
-        raise VideoError(f"{path} has a video stream ({codec}) without a frame in it", "empty")
+        cause = "cut off" if said > 0 else "empty"
+        raise VideoError(f"{path} has a video stream ({codec}) without a frame in it, {_said(said, stated)}", cause)
     pts, end, keys, dts, counted = packets.order(max(1, round(1 / (rate * base))))
-    table = FrameTable(
-        index, pts, end, base, keys, dts, counted, height, width, 0, codec, said, kind, alone, packets.closed
-    )
-    return _decodable(path, table, threads, beat)
+    table = FrameTable(index, pts, end, base, keys, dts, counted, height, width, 0, codec, kind, alone, packets.closed)
+    table = _decodable(path, table, threads, beat)
+    number, found = len(table.pts), float((table.end - table.pts[0]) * base)
+    if number < max(said, len(packets)) or found < 0.95 * stated - 1:
+        there = f" of the {len(packets):,} that are there" if number < len(packets) else ""
+        say_once(str(path), f"{number:,} frames{there} can be decoded, {found:.6g} seconds; {_said(said, stated)}")
+    return table
 
 
 class AvDecoder:
@@ -246,8 +253,6 @@ def _decodable(path: Path, table: FrameTable, threads: int, beat: Callable[[], N
     finally:
         decoder.close()
     number = len(table.pts)
-    if begin > 0 or last < number - 1:
-        say_once(str(path), f"{last - begin + 1:,} of its {number:,} frames can be decoded, {begin:,} before them not")
     kept = (table.key_frames >= begin) & (table.key_frames <= last)
     return table._replace(
         pts=table.pts[begin : last + 1],
@@ -284,6 +289,19 @@ def _last_frame(decoder: AvDecoder, table: FrameTable, begin: int) -> int:
         good, bad = (middle, bad) if 0 <= found < upper else (good, middle)
     decoder.go(int(table.key_frames[good]) if len(table.key_frames) else begin)
     return max((number for number, _ in decoder.raw()), default=begin)
+
+
+def _stated_seconds(container: Any, stream: Any) -> float:
+    """The length that the header gives the video; 0: it gives none."""
+    if stream.duration is not None:
+        return float(stream.duration * (stream.time_base or 0))
+    alone = len(container.streams) == 1  # else the file may be as long as its sound
+    return (container.duration or 0) / 1e6 if alone else 0.0
+
+
+def _said(number: int, seconds: float) -> str:
+    said = [f"{number:,} frames"] * (number > 0) + [f"{seconds:.6g} seconds"] * (seconds > 0)
+    return f"its header says {' and '.join(said)}" if said else "its header says no length"
 
 
 def _reason(error: Exception) -> str:
