@@ -168,6 +168,23 @@ def create_frame_encoder(encoder: str | Mapping[str, Any]) -> FrameEncoder:
     return TimmFrames(name, **options) if cls is TimmFrames else cls(**options)
 
 
+def frame_spec(encoder: FrameEncoder) -> dict[str, Any]:
+    """What a frame encoder takes, as plain values."""
+    if not encoder.pixels:
+        return {"kind": "frame features", "dim": encoder.dim}
+    size = getattr(encoder, "image_size", None)
+    return {"kind": "frames", "channels": 3, "size": None if size is None else list(size)}
+
+
+def example_frames(encoder: FrameEncoder, batch_size: int = 1) -> Tensor:
+    """Eight frames that it takes, random but the same every time; pictures of its size, or of four patches."""
+    state = torch.Generator().manual_seed(0)
+    if not encoder.pixels:
+        return torch.randn(batch_size, 8, encoder.dim, generator=state)
+    size = getattr(encoder, "image_size", None) or (2 * getattr(encoder, "patch_size", 16),) * 2
+    return torch.rand(batch_size, 8, *size, 3, generator=state)
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """A state dict from a .safetensors or .pth file; the classifier's own tensors may be there too. Raises ValueError
     for a file that is missing or does not fit."""

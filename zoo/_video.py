@@ -183,10 +183,6 @@ class VideoEncoder(nn.Module):
             out = self.backbone(tokens.x, mask=token_mask(tokens), grid=grid)
         return tokens._replace(x=out.y, aux=out.aux)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.backbone.set_grad_checkpointing(enable)
-
     def _check(self, frames: Tensor, mask: Tensor | None, times: Tensor | None) -> None:
         if frames.dim() < 3 or not frames.shape[1]:
             raise ValueError(f"frames have shape {tuple(frames.shape)}, expected (B, T, ...) with T of at least 1")

@@ -181,14 +181,14 @@ def update_momentum(target: nn.Module, source: nn.Module, momentum: float) -> No
 
 
 class LongShortContrast(nn.Module):
-    """LSMCL, long-short masked contrastive learning (arXiv:2303.14526), of any model with `forward_features`.
+    """LSMCL, long-short masked contrastive learning (arXiv:2303.14526), of any model with `embed`.
 
     Of each video a long and a short clip come, a random share of the tokens of both is left out; the model, and its
     momentum copy, which is in eval mode, make vectors of them, projected to length 1. InfoNCE pulls the short clip of a
     video to its long one and the long one to the short, with the other videos of the batch as negatives. A
     reconstruction, as above.
 
-    model: with `forward_features(frames, mask, times)`, y (B, width). width: of y. embed_dim: of the projections.
+    model: with `embed(frames, mask)`, whose y is (B, width). width: of y. embed_dim: of the projections.
     temperature: t of the loss. momentum: mu. mask_ratio: from .. to, of the frames that are left out.
     """
 
@@ -236,13 +236,10 @@ class LongShortContrast(nn.Module):
         if self.training:
             update_momentum(self.momentum_model, self.model, self.momentum)
             update_momentum(self.momentum_projector, self.projector, self.momentum)
-        found = [self.model.forward_features(*view) for view in views]  # type: ignore[operator]
+        found = [self.model.embed(*view) for view in views]  # type: ignore[operator]
         queries = [F.normalize(self.projector(out.y), dim=-1) for out in found]
         with torch.no_grad():
-            keys = [
-                F.normalize(self.momentum_projector(self.momentum_model.forward_features(*view).y), dim=-1)
-                for view in views
-            ]
+            keys = [F.normalize(self.momentum_projector(self.momentum_model.embed(*view).y), dim=-1) for view in views]
         loss = long_short_loss(queries[0], queries[1], keys[0], keys[1], self.temperature)
         right = (queries[1] @ keys[0].mT).argmax(1) == torch.arange(len(long), device=long.device)
         aux = {key: found[0].aux[key] + found[1].aux[key] for key in found[0].aux}

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from ..blocks.backbone import MixerChoice
 from ..blocks.registry import did_you_mean
+from ._features import ZooModel
+from ._frames import example_frames, frame_spec
 from ._registry import register_sizes
 from ._video import VideoEncoder, VideoOutput, per_frame, token_mask
 from .classifier import POOLINGS, pool
@@ -25,15 +27,31 @@ from .classifier import POOLINGS, pool
 _RARE = 0.1
 
 
-class VideoClassifier(nn.Module):
+class _VideoModel(ZooModel):
+    """A `VideoEncoder` with a head."""
+
+    encoder: VideoEncoder
+
+    @property
+    def feature_reduction(self) -> int:
+        return self.encoder.tubelet
+
+    @property
+    def input_spec(self) -> dict[str, Any]:
+        return frame_spec(self.encoder.frame_encoder)
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, ...]:
+        """Eight frames of what the encoder takes."""
+        return (example_frames(self.encoder.frame_encoder, batch_size),)
+
+
+class VideoClassifier(_VideoModel):
     """Frames (B, T, H, W, 3) or features (B, T, F) to logits (B, num_classes).
 
     pooling: "mean", "last" or "max" over the tokens of a video. head_drop: dropout before the last layer. All other
     options are those of `VideoEncoder`. config: set by `create_model`. Raises ValueError as `VideoEncoder` does, and
     for an unknown pooling.
     """
-
-    config: dict[str, Any]
 
     def __init__(
         self,
@@ -75,21 +93,20 @@ class VideoClassifier(nn.Module):
     def forward(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
         """frames: as of `VideoEncoder.forward`. mask: bool (B, T), True = real frame; None: all are. times: floating
         (B, T), seconds, for `time_encoding`. Returns logits in y; neither pads nor other rows change them."""
-        out = self.forward_features(frames, mask, times)
+        out = self.embed(frames, mask, times)
         return out._replace(y=self.head(out.y))
 
-    def forward_features(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
+    def embed(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
         """The pooled vectors (B, dim) in y; arguments as of `forward`."""
         tokens = self.encoder(frames, mask=mask, times=times)
         y = pool(_wide(tokens.x), token_mask(tokens), self.pooling)
         return VideoOutput(y, None, tokens.aux, _frame_mask(frames, mask))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.encoder.set_grad_checkpointing(enable)
+    def _run_trunk(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
+        return self.embed(frames, mask, times)
 
 
-class VideoGrounder(nn.Module):
+class VideoGrounder(_VideoModel):
     """Frames or features, and a query as a vector (B, query_dim), to logits of each frame: whether it lies within the
     moment that the query means (B, T), and whether it is its first or its last one (B, T, 2).
 
@@ -99,8 +116,6 @@ class VideoGrounder(nn.Module):
     features, s learned, from 0. Boundaries make spans with `best_spans`. query_dim: width of the queries. All other
     options are those of `VideoEncoder`. config: set by `create_model`. Raises ValueError as `VideoEncoder` does.
     """
-
-    config: dict[str, Any]
 
     def __init__(
         self,
@@ -168,9 +183,10 @@ class VideoGrounder(nn.Module):
             logits = logits.masked_fill(~mask.unsqueeze(-1), 0)
         return VideoOutput(logits[..., 0], logits[..., 1:], out.aux, _frame_mask(frames, mask))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.encoder.set_grad_checkpointing(enable)
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, ...]:
+        """Eight frames of what the encoder takes, and a query."""
+        query = torch.randn(batch_size, self.query_dim, generator=torch.Generator().manual_seed(1))
+        return (*super().example_inputs(batch_size), query)
 
 
 def best_spans(boundaries: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -209,7 +225,7 @@ _SIZES: dict[str, tuple[str, dict[str, int]]] = {
 _HEADS = {"tiny": 4, "small": 4, "base": 6}
 
 
-def _family(family: str, what: str, task: str, paper: str, cls: type[nn.Module]) -> None:
+def _family(family: str, what: str, task: str, paper: str, cls: type[_VideoModel]) -> None:
     sizes = {
         size: (
             f"{what}, any mixer (`mixer`), {shape}.",

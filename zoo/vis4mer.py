@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..blocks.layers.norm import LayerNorm
 from ..blocks.layers.rows import rank_order, take
 from ..blocks.mixers.s4d import S4D
-from ._frames import create_frame_encoder
+from ._features import ZooModel
+from ._frames import create_frame_encoder, example_frames, frame_spec
 from ._registry import register_sizes
 from ._video import VideoOutput
 from .classifier import pool
@@ -41,6 +43,7 @@ class ViS4merStage(nn.Module):
         self.mixer = S4D(dim, d_state=d_state, causal=causal, drop=drop, **options)
         self.drop = nn.Dropout1d(drop)
         self.proj = nn.Linear(dim, dim // 2)
+        self.grad_checkpointing = False
 
     def mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x + drop(S4(norm(x)))."""
@@ -49,7 +52,10 @@ class ViS4merStage(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, parity: bool) -> tuple[Tensor, Tensor | None]:
         """mask: bool (B, L), True = real token, which come first. Returns the tokens and their mask."""
-        x = self.mix(x, mask)
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            x = checkpoint(self.mix, x, mask, use_reentrant=False)
+        else:
+            x = self.mix(x, mask)
         if parity:
             return F.gelu(self.proj(F.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2))), None
         x, mask = halve(x, mask)
@@ -57,7 +63,7 @@ class ViS4merStage(nn.Module):
         return (y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0)), mask
 
 
-class ViS4mer(nn.Module):
+class ViS4mer(ZooModel):
     """Features (B, L, F) or frames to logits (B, num_classes).
 
     encoder: what reads a frame, as `create_frame_encoder` takes it; all vectors of all frames are tokens. Published:
@@ -67,7 +73,8 @@ class ViS4mer(nn.Module):
     halved so often, and with parity for fewer tokens than stages can halve.
     """
 
-    config: dict[str, Any]
+    no_features = "its stages merge tokens; embed gives the vector of a video"
+    mixers = ("s4d",)
 
     def __init__(
         self,
@@ -97,6 +104,14 @@ class ViS4mer(nn.Module):
         self.head = nn.Linear(dim >> num_stages, num_classes)
 
     @property
+    def input_spec(self) -> dict[str, Any]:
+        return frame_spec(self.frame_encoder)
+
+    def example_inputs(self, batch_size: int = 1) -> tuple[Tensor, ...]:
+        """Eight frames of what the encoder takes."""
+        return (example_frames(self.frame_encoder, batch_size),)
+
+    @property
     def first(self) -> ViS4merStage:
         """The stage that reads the tokens."""
         return self.stages[0]  # type: ignore[return-value]
@@ -104,10 +119,10 @@ class ViS4mer(nn.Module):
     def forward(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
         """frames: as of `VideoEncoder.forward`. mask: bool (B, T), True = real frame; None: all are. times: not used.
         Returns logits in y; without parity neither pads, wherever they stand, nor other rows change them."""
-        out = self.forward_features(frames, mask, times)
+        out = self.embed(frames, mask, times)
         return out._replace(y=self.head(out.y))
 
-    def forward_features(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
+    def embed(self, frames: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> VideoOutput:
         """The mean over the last tokens, (B, dim / 2^num_stages), in y; arguments as of `forward`."""
         x, real = self.tokens(frames, mask)
         y = self.encode(x, real)

@@ -75,6 +75,37 @@ def test_layouts_know_no_pads(layout, space):
         assert not torch.allclose(both[1:], model(x[1:, :4]).y)
 
 
+def test_what_stands_at_pads_reaches_no_gradient():
+    x, mask = torch.randn(2, 5, 6, dtype=torch.float64), torch.arange(5) < torch.tensor([[5], [3]])
+    grads = []
+    for value in (0.0, float("nan")):
+        model = small("classifier", input_norm=True)
+        model(x.masked_fill(~mask.unsqueeze(-1), value), mask).y.sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_features_are_tokens_and_the_pooled_vector_is_their_mean():
+    x, mask = torch.randn(2, 5, 2, 2, 6, dtype=torch.float64), torch.arange(5) < torch.tensor([[5], [3]])
+    for layout, places in (("frames", 1), ("joint", 4), ("factorised", 4)):
+        model = small("classifier", layout=layout)
+        features, steps = model.forward_intermediates(x, mask)
+        assert [tuple(f.shape) for f in (features, *steps)] == [(2, 5 * places, 16)] * 3
+        mean = torch.stack([features[0].mean(0), features[1, : 3 * places].mean(0)])
+        torch.testing.assert_close(model.embed(x, mask).y, mean)
+        torch.testing.assert_close(model(x, mask).y, model.head(mean))
+        assert not features[1, 3 * places :].any()
+
+
+def test_examples_are_what_the_models_take():
+    for name in ("video_classifier_tiny", "video_grounder_tiny", "vis4mer_tiny", "selective_s4_tiny"):
+        for encoder in (FEATURES, PATCHES):
+            model = create_model(name, encoder=encoder).eval()
+            given = model.example_inputs(2)
+            assert len(model(*given).y) == 2 and torch.equal(given[0], model.example_inputs(2)[0])
+            assert model.input_spec["kind"] == ("frame features" if encoder is FEATURES else "frames")
+
+
 def test_a_row_without_frames_leaves_the_others_alone():
     for layout in ("frames", "joint", "factorised"):
         model = small("classifier", layout=layout)

@@ -123,6 +123,17 @@ def test_every_parameter_learns_and_a_saved_model_loads(causal, tmp_path):
     assert len(tagged) == 12  # the group of their own: see test_s4d
 
 
+def test_recomputing_changes_no_gradient():
+    model, x, grads = small(drop=0.0).train(), torch.randn(2, 9, 16, dtype=torch.float64), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).y.sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert [stage.grad_checkpointing for stage in model.stages] == [True] * 3
+
+
 def test_names_and_refusals():
     assert list_models("vis4mer_*", task="video_classify") == [f"vis4mer_{s}" for s in ("base", "small", "tiny")]
     assert model_info("vis4mer_base").options["dim"] == 1024
