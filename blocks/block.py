@@ -81,10 +81,11 @@ class Block(nn.Module):
         self.norm_ffn = create_norm(norm, dim, norm_eps) if ffn is not None else None
         self.ffn = ffn
         for name, part in (("scale_mixer", mixer), ("scale_cross", cross_mixer), ("scale_ffn", ffn)):
-            scaled = layer_scale is not None and part is not None
-            self.register_parameter(name, nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None)
-            if scaled:
-                tag_parameter(self, name, weight_decay=0.0)
+            if layer_scale is None or part is None:
+                self.register_parameter(name, None)
+                continue
+            self.register_parameter(name, nn.Parameter(torch.full((dim,), layer_scale)))
+            tag_parameter(self, name, weight_decay=0.0)
         self.drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path)
 

@@ -74,14 +74,15 @@ class BertEmbedding(nn.Module):
         """The vectors and the next state. mask, cu_seqlens: as `Mixer.forward`."""
         tokens, types = inputs if isinstance(inputs, tuple) else (inputs, None)
         x = self.word(tokens)
-        positions = token_positions(*tokens.shape, mask, cu_seqlens, state, tokens.device)
+        batch, length = tokens.shape
+        positions = token_positions(batch, length, mask, cu_seqlens, state, tokens.device)
         x = x + self.position(positions, dtype=x.dtype)
         if self.token_type is not None:
             x = x + self.token_type(torch.zeros_like(tokens) if types is None else types)
         elif types is not None:
             raise ValueError("token_types were given to a model with num_types=0")
         if state is not None:
-            state = state + (tokens.shape[1] if mask is None else mask.sum(1))
+            state = state + (length if mask is None else mask.sum(1))
         return self.drop(self.norm(x)), state
 
 

@@ -37,6 +37,8 @@ class VisionTransformer(ImageClassifier):
     head; of embedding, mixers and feed-forwards. Linear layers start truncated normal of deviation 0.02.
     """
 
+    img_size: tuple[int, int]
+
     def __init__(
         self,
         *,

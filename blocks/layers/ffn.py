@@ -144,21 +144,22 @@ def create_ffn(ffn: FFNChoice, dim: int, mlp_ratio: float | None = None, drop: f
     `ffn(dim[, mlp_ratio=], drop=)`. mlp_ratio None keeps the default of the layer. Raises ValueError for an unknown
     name or option.
     """
+    choice: Any = ffn
     options: dict[str, Any] = {}
-    if isinstance(ffn, dict):
-        options = {key: value for key, value in ffn.items() if key != "name"}
-        if "name" not in ffn:
-            raise ValueError(f"a feed-forward layer given as a dict needs the key 'name', got {sorted(ffn)}")
-        ffn = ffn["name"]
-    if ffn is None or ffn == "none":
+    if isinstance(choice, dict):
+        options = {key: value for key, value in choice.items() if key != "name"}
+        if "name" not in choice:
+            raise ValueError(f"a feed-forward layer given as a dict needs the key 'name', got {sorted(choice)}")
+        choice = choice["name"]
+    if choice is None or choice == "none":
         return None
-    if isinstance(ffn, str):
-        if ffn not in FFNS:
-            raise ValueError(f"unknown feed-forward layer {ffn!r}.{did_you_mean(ffn, [*FFNS, 'none'])}")
-        ffn, name = FFNS[ffn], ffn
-        valid = set(inspect.signature(ffn).parameters) - {"dim"}
+    if isinstance(choice, str):
+        if choice not in FFNS:
+            raise ValueError(f"unknown feed-forward layer {choice!r}.{did_you_mean(choice, [*FFNS, 'none'])}")
+        valid = set(inspect.signature(FFNS[choice]).parameters) - {"dim"}
         for key in options:
             if key not in valid:
-                raise ValueError(f"feed-forward layer {name!r} has no option {key!r}.{did_you_mean(key, valid)}")
+                raise ValueError(f"feed-forward layer {choice!r} has no option {key!r}.{did_you_mean(key, valid)}")
+        choice = FFNS[choice]
     ratio = {} if mlp_ratio is None else {"mlp_ratio": mlp_ratio}
-    return ffn(dim, **{"drop": drop, **ratio, **options})
+    return choice(dim, **{"drop": drop, **ratio, **options})
