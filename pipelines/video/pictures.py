@@ -33,10 +33,10 @@ def plot_search(
 ) -> Path | None:
     """Draw the scores of each query over a video of any length, its spans as bands, the chosen frames as points.
 
-    times: (N,) seconds. scores: (Q, N). spans: of each query start, end and score, the best in the darker colour.
-    chosen: of each query places in `times`. truth: of each query the true spans, in black. seconds: of the video. Of
-    long videos each column shows the range and the mean of its scores. Of more than MOST_PANELS queries the first are
-    drawn, and the title says so. Returns None without matplotlib.
+    times: (N,) seconds. scores: (Q, N), NaN of frames that were not looked at. spans: of each query start, end and
+    score, the best in the darker colour. chosen: of each query places in `times`. truth: of each query the true spans,
+    in black. seconds: of the video. Of long videos each column shows the range and the mean of its scores. Of more than
+    MOST_PANELS queries the first are drawn, and the title says so. Returns None without matplotlib.
     """
     if not can_draw("the scores"):
         return None
@@ -48,7 +48,8 @@ def plot_search(
         axes = figure.subplots(shown, 1, squeeze=False, sharex=True)[:, 0]
         names: dict[str, Any] = {}
         for number, axis in enumerate(axes):
-            _draw_scores(axis, times, scores[number], seconds)
+            looked = np.isfinite(scores[number])
+            _draw_scores(axis, times[looked], scores[number][looked], seconds)
             _draw_bands(axis, spans[number], seconds)
             if truth is not None:
                 for start, end in truth[number]:
@@ -103,8 +104,8 @@ def plot_sheet(
     wide = 12 / columns
     with new_figure(path) as figure:
         lines = _wrapped(title, 120)
-        figure.set_size_inches(12, rows * (wide * height / width + 0.26) + 0.28 * (1 + lines.count("\n")))
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0, hspace=0)
+        figure.set_size_inches(12, rows * (wide * height / width + 0.3) + 0.28 * (1 + lines.count("\n")))
+        figure.get_layout_engine().set(w_pad=0.04, h_pad=0.02, wspace=0, hspace=0)
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes[len(order) :]:
             axis.remove()
@@ -118,14 +119,14 @@ def plot_sheet(
             for spine in axis.spines.values():
                 spine.set(visible=True, color=colour, linewidth=line)
             weight = "bold" if line > 2 else "normal"
-            axis.set_xlabel(f"{clock(time)}   {score:.3f}", fontsize=9, color=colour, fontweight=weight, labelpad=2)
+            axis.set_xlabel(f"{clock(time)}   {score:.3f}", fontsize=9, color=colour, fontweight=weight, labelpad=5)
         figure.suptitle(lines, x=0.01, ha="left", fontsize=10)
     return Path(path)
 
 
 def clock(seconds: float, *, whole: bool = False) -> str:
     """A time as people write it: "3.2 s", "1:03.2", "1:01:03.2"; whole: "0:03", "1:03", "1:01:03"."""
-    tenths = round(seconds * 10)
+    tenths = 10 * math.floor(seconds + 0.05) if whole else round(seconds * 10)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
     small = f"{rest // 10:02d}" if whole else f"{rest // 10:02d}.{rest % 10}"
@@ -141,7 +142,7 @@ def _draw_scores(axis: Any, times: np.ndarray, scores: np.ndarray, seconds: floa
         marker = "." if len(times) <= 60 else None
         axis.plot(times, scores, marker=marker, markersize=4, **style)
         return
-    columns = np.minimum((times / max(seconds, 1e-9) * _COLUMNS).astype(int), _COLUMNS - 1)
+    columns = np.minimum((times * _COLUMNS / max(seconds, 1e-9)).astype(int), _COLUMNS - 1)
     starts = np.flatnonzero(np.diff(columns, prepend=-1))
     centres = (columns[starts] + 0.5) / _COLUMNS * seconds
     counts = np.diff(np.append(starts, len(times)))
@@ -171,7 +172,7 @@ def _edge(
     time: float, spans: Sequence[tuple[float, float, float]], best: tuple[float, float, float] | None
 ) -> tuple[str, float]:
     if best is not None and best[0] <= time <= best[1]:
-        return "#00664a", 4.0
+        return "#00664a", 3.0
     if any(start <= time <= end for start, end, _ in spans):
         return _FOUND, 1.5
     return "#777777", 0.5

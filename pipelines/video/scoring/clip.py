@@ -124,6 +124,8 @@ class _OpenClip:
             import open_clip
         except ImportError:
             raise UserError("library='open_clip' needs the package open_clip_torch: pip install it") from None
+        if not name.startswith("hf-hub:") and name not in open_clip.list_models():
+            raise UserError(f"open_clip has no model {name!r}.{nearest(name, open_clip.list_models())}")
         if pretrained is None and not name.startswith("hf-hub:"):
             raise UserError(f"{name!r} of open_clip needs weights: pretrained=<tag or file>, such as laion2b_s34b_b79k")
         given = None if pretrained is None else str(pretrained)
@@ -137,12 +139,13 @@ class _OpenClip:
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
         self.std = torch.tensor(config["std"], device=device).view(3, 1, 1)
-        self.device, self.frames = device, frames
+        self.device = device
+        self.crops = frames == "centre" and config["resize_mode"] != "squash"
         self.key = f"open_clip {config} {hash_weights(self.model)}"
 
     def images(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.device)
-        if self.frames == "centre":
+        if self.crops:
             frames = _middle(frames, self.size)
         return self.model.encode_image((scale_frames(frames, self.size) / 255 - self.mean) / self.std)
 

@@ -85,6 +85,6 @@ def _image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             image: Any = ImageOps.exif_transpose(file)
-            return np.asarray(image.convert("RGB"), dtype=np.uint8)[None]
+            return np.array(image.convert("RGB"), dtype=np.uint8)[None]
     except (OSError, ValueError, SyntaxError) as error:  # of a damaged file, by its format
         raise UserError(f"the image {path} cannot be read: {error}") from None
