@@ -59,7 +59,9 @@ def check_overlaps(clips: Sequence[C]) -> None:
                 raise UserError(f"spans of {name} overlap: {spans}; the task takes one label at a time")
 
 
-def assign_splits(clips: Sequence[C], ratio: Sequence[float] = (0.8, 0.1, 0.1), *, seed: int = 0) -> list[C]:
+def assign_splits(
+    clips: Sequence[C], ratio: Sequence[float] = (0.8, 0.1, 0.1), *, seed: int = 0, every_label: bool = True
+) -> list[C]:
     """The clips with their split: as given where all have one, otherwise seeded, by `ratio` of train, val and test.
 
     What shares a file or a group goes together. Without any groups each label is split by itself, so that all parts
@@ -73,15 +75,17 @@ def assign_splits(clips: Sequence[C], ratio: Sequence[float] = (0.8, 0.1, 0.1), 
     if bare and len(bare) < len(clips):
         raise UserError(f"{bare[0].where or bare[0].name} has no split, other clips have one; give all or none")
     if bare:
-        found = _split(clips, ratio, seed)
+        found = _split(clips, ratio, seed, every_label)
     elif ratio[1] > 0 and not any(clip.split == "val" for clip in clips):
         training = [clip for clip in clips if clip.split == "train"]
-        found = _split(training, (ratio[0], ratio[1], 0.0), seed) + [clip for clip in clips if clip.split != "train"]
+        found = _split(training, (ratio[0], ratio[1], 0.0), seed, every_label) + [
+            clip for clip in clips if clip.split != "train"
+        ]
     else:
         found = list(clips)
     trained = {clip.label for clip in found if clip.split == "train"}
     for clip in found:
-        if clip.label not in trained:
+        if every_label and clip.label not in trained:
             raise UserError(f"no training clip has the label {clip.label!r}, but {clip.where or clip.name} has it")
     return found
 
@@ -98,11 +102,11 @@ def shared_between(clips: Sequence[C]) -> list[str]:
     return notes
 
 
-def _split(clips: Sequence[C], ratio: Sequence[float], seed: int) -> list[C]:
+def _split(clips: Sequence[C], ratio: Sequence[float], seed: int, every_label: bool) -> list[C]:
     keys = _components(clips)
     # a component with several labels cannot be split label by label
     alone = len({(key, clip.label) for key, clip in zip(keys, clips, strict=True)}) == len(set(keys))
-    by_label = alone and all(clip.group is None for clip in clips)
+    by_label = every_label and alone and all(clip.group is None for clip in clips)
     strata = [clip.label if by_label else "" for clip in clips]
     needed = 1 + sum(part > 0 for part in ratio[1:])
     for stratum, count in Counter(stratum for stratum, _ in set(zip(strata, keys, strict=True))).items():

@@ -80,13 +80,15 @@ class Composer:
         seed: int | Sequence[int] = 0,
         *,
         labels: Sequence[str] | None = None,
+        without: Sequence[str] = (),
         number: int | None = None,
         name: str = "composed video",
     ) -> VirtualVideo:
         """A video of so many seconds (to a frame); the same for the same seed.
 
-        labels: of the events, each as likely, None: all. number: of events, None: as the composer draws it. Raises
-        UserError for a label that no event has and where the events do not fit into the time.
+        labels: of the events, each as likely, None: all. without: labels that are not seen anywhere in it. number: of
+        events, None: as the composer draws it. Raises UserError for a label that no event has and where the events do
+        not fit into the time.
         """
         if not 0 < seconds < math.inf:
             raise UserError(f"seconds={seconds!r} must be above 0")
@@ -98,7 +100,7 @@ class Composer:
             number = int(rng.poisson(self.rate * seconds / 60))
         elif number is None:
             number = int(rng.integers(self.number[0], self.number[1] + 1))
-        chosen = self._choose(number, list(labels or self.labels), rng)
+        chosen = self._choose(number, [x for x in labels or self.labels if x not in without], set(without), rng)
         planted = [self._segments(self._events[clip], self.event_seconds, rng) for clip in chosen]
         lengths = [sum(map(self._seconds, own)) for own in planted]
         free = seconds - sum(lengths) - len(planted) * self.min_gap
@@ -107,7 +109,7 @@ class Composer:
                 f"{len(planted)} events of {sum(lengths):.4g} seconds with min_gap={self.min_gap:g} before each do not "
                 f"fit into {seconds:g} seconds; fewer or shorter ones, or a longer video"
             )
-        pool = self._pool({self.events[clip].label for clip in chosen})
+        pool = self._pool({self.events[clip].label for clip in chosen} | set(without))
         segments: list[Segment] = []
         found, now, planned = [], 0.0, 0.0
         places = np.sort(rng.uniform(0, free, len(planted)))
@@ -120,6 +122,11 @@ class Composer:
             now, planned = now + length, planned + length
         self._fill(segments, now, seconds, pool, rng)
         return VirtualVideo(segments, found, name=name)
+
+    def segments(self) -> list[Segment]:
+        """All that videos may show: of each clip its frames."""
+        sources = (*self._events, *self._footage)
+        return [Segment(source.reader, source.first, source.stop - source.first) for source in sources]
 
     def close(self) -> None:
         for reader, _ in self._readers.values():
@@ -156,11 +163,12 @@ class Composer:
         first, stop = np.searchsorted(edges[:-1], (clip.start - ROUNDING, end - ROUNDING))
         return _Source(reader, edges, min(int(first), len(edges) - 2), max(int(stop), int(first) + 1))
 
-    def _choose(self, number: int, labels: Sequence[str], rng: np.random.Generator) -> list[int]:
-        """Numbers of clips: a label, each as likely, then one of its clips; none shows what another is of."""
+    def _choose(self, number: int, labels: Sequence[str], without: set[str], rng: np.random.Generator) -> list[int]:
+        """Numbers of clips: a label, each as likely, then one of its clips; none shows what another is of, nor what is
+        to be absent."""
         chosen: list[int] = []
         for _ in range(number):
-            taken = {self.events[clip].label for clip in chosen}
+            taken = {self.events[clip].label for clip in chosen} | without
             shown = {label for clip in chosen for label in self.events[clip].shows}
             fitting: dict[str, list[int]] = {}
             for clip, event in enumerate(self.events):

@@ -17,11 +17,14 @@ class BadFiles(skipping.BadFiles):
         super().__init__(names, CAUSES, files="videos", most=most)
 
 
-def checked_clips(clips: Sequence[VideoClip], bad: BadFiles | None = None, *, backend: str = "auto") -> list[VideoClip]:
+def checked_clips(
+    clips: Sequence[VideoClip], bad: BadFiles | None = None, *, backend: str = "auto", tolerance: float = ROUNDING
+) -> list[VideoClip]:
     """The clips whose files can be opened and have their spans, each with an end: that of the file where a clip has
     none or where a table rounds it up.
 
-    Each file is opened once. bad: what cannot be opened is left out and counted; None: it is an error.
+    Each file is opened once. bad: what cannot be opened is left out and counted; None: it is an error. tolerance:
+    seconds by which a span may end after its file.
     Raises VideoError, naming the row, for a span that ends after its file.
     """
     found: dict[str, float | VideoError] = {}
@@ -36,7 +39,7 @@ def checked_clips(clips: Sequence[VideoClip], bad: BadFiles | None = None, *, ba
             bad.skip(clip.name, at_row(duration, clip))
             continue
         end = duration if clip.end is None else clip.end
-        if end > duration + ROUNDING or clip.start >= duration:
+        if end > duration + tolerance or clip.start >= duration:
             message = (
                 f"the span from {clip.start:g} to {end:g} seconds ends after {clip.name}, which has {duration:.6g} "
                 "seconds"

@@ -64,7 +64,7 @@ class VirtualVideo:
         if not segments:
             raise UserError(f"{name} has no segments")
         self.segments, self.name, self.path = list(segments), name, Path(name)
-        edges = {id(reader): edges_of(reader) for reader in {id(s.reader): s.reader for s in segments}.values()}
+        edges = {key: edges_of(reader) for key, reader in self._readers().items()}
         size = segments[0].reader.size
         lengths = np.empty(len(segments))
         for number, (reader, first, frames, _, speed) in enumerate(segments):
@@ -115,7 +115,7 @@ class VirtualVideo:
     def times(self) -> np.ndarray:
         """float64 (N,), seconds at which each frame is shown."""
         if self._times is None:
-            edges = {id(s.reader): edges_of(s.reader) for s in self.segments}
+            edges = {key: edges_of(reader) for key, reader in self._readers().items()}
             parts = []
             for (reader, first, frames, _, speed), start in zip(self.segments, self._seconds[:-1], strict=True):
                 own = edges[id(reader)][first : first + frames]
@@ -136,7 +136,7 @@ class VirtualVideo:
     def identities(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, int]]:
         """Key of the source's content and frame of it; equal ones are the same picture."""
         found = []
-        for number, frame in self._places(indices):
+        for number, frame in self.places(indices):
             segment = self.segments[number]
             ((key, own),) = segment.reader.identities([frame])
             found.append((f"{key} {_FLIPPED}" if segment.flip else key, own))
@@ -144,7 +144,7 @@ class VirtualVideo:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 (n, H, W, 3); any order, repeats allowed; each frame of a source is decoded once."""
-        places = self._places(indices)
+        places = self.places(indices)
         found = np.empty((len(places), *self.size, 3), np.uint8)
         rows: dict[int, list[int]] = {}
         for row, (number, _) in enumerate(places):
@@ -173,8 +173,11 @@ class VirtualVideo:
         return [(event.start, event.end, event.label) for event in self.events]
 
     def close(self) -> None:
-        for reader in {id(s.reader): s.reader for s in self.segments}.values():
+        for reader in self._readers().values():
             reader.close()
+
+    def _readers(self) -> dict[int, VideoReader]:
+        return {id(segment.reader): segment.reader for segment in self.segments}
 
     def __enter__(self) -> VirtualVideo:
         return self
@@ -185,7 +188,7 @@ class VirtualVideo:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_times": None}
 
-    def _places(self, indices: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
+    def places(self, indices: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
         """Segment and frame of its source of each frame."""
         wanted = np.atleast_1d(np.asarray(indices))
         if wanted.size and not np.issubdtype(wanted.dtype, np.integer):
