@@ -37,6 +37,7 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
         f"{_BLOCK}mlp.dense_4h_to_h": f"{_OURS}ffn.down_proj",
         "gpt_neox.final_layer_norm": "model.backbone.norm",
         "embed_out": "model.head.proj",
+        "lm_head": "model.head.proj",  # its name in memory, since version 5
     }
     options = {
         "vocab_size": config.integer("vocab_size"),
@@ -65,6 +66,6 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
         names,
         # masks and wavelengths that older versions saved
         ignored=(r".*\.attention\.(bias|masked_bias)", r".*\.rotary_emb\.inv_freq"),
-        tied={"embed_out.weight": "gpt_neox.embed_in.weight"} if tied else {},
+        tied=dict.fromkeys(("embed_out.weight", "lm_head.weight"), "gpt_neox.embed_in.weight") if tied else {},
         prefix="gpt_neox.",
     )

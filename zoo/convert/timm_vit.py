@@ -33,7 +33,9 @@ NAMES: NameMap = {
     "head": "head",
 }
 # What no tensor tells: the heads of a size, and that its blocks are plain ones with GELU and norms of eps 1e-6.
-HEADS = {"tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16, "giant": 16, "gigantic": 16}
+HEADS = {"tiny": 3, "little": 5, "small": 6, "medium": 8, "mediumd": 8, "betwixt": 10, "base": 12}
+HEADS |= dict.fromkeys(("large", "huge", "giant", "gigantic"), 16)
+_OTHER_HEADS = {"vit_base_patch16_gap_224": 16}  # not those of its size
 PLAIN = re.compile(r"(?:vit|deit|deit3)_([a-z]+)_patch\d+(?:_reg\d+)?(_gap)?_(?:\d+|dinov2)")
 # Arguments of timm that the tensors show by themselves, or that matter in training only.
 _SHOWN = {"patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "proj_bias"}
@@ -52,7 +54,7 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
         if key not in _SHOWN and value not in (None, False, "learn", "gelu", ""):
             raise ValueError(f"{config.where} has model_args.{key}={value!r}, which cannot be converted")
     form = PLAIN.fullmatch(architecture)
-    heads = given.get("num_heads", HEADS.get(form.group(1)) if form else None)
+    heads = given.get("num_heads", _OTHER_HEADS.get(architecture, HEADS.get(form.group(1)) if form else None))
     if form is None or heads is None:
         raise ValueError(
             f"{config.where} has architecture={architecture!r}; only plain ViT, DeiT and DINOv2 of timm can be "
@@ -61,6 +63,9 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
     patch, depth = _tensor(tensors, "patch_embed.proj.weight"), _depth(tensors)
     position, first = _tensor(tensors, "pos_embed"), "blocks.0."
     up = _tensor(tensors, f"{first}mlp.fc1.weight")
+    down = _tensor(tensors, f"{first}mlp.fc2.weight")
+    if down.shape[1] != up.shape[0]:
+        raise ValueError("the feed-forward layers (blocks.*.mlp) are gated; only plain ones can be converted")
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     prefix = registers + ("cls_token" in tensors)
     img_size, with_prefix = _image(config, given, position.shape[1], prefix, tuple(patch.shape[2:]))
