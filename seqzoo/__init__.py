@@ -22,10 +22,14 @@ _HOME = {
     "generate_tokens": "zoo",
     "list_mixers": "blocks.registry",
     "list_models": "zoo",
+    "load_backbone": "zoo",
     "load_model": "zoo",
     "mixer_info": "blocks.registry",
+    "model_info": "zoo",
+    "push_to_hub": "zoo",
     "register_mixer": "blocks.registry",
     "register_model": "zoo",
+    "register_weights": "zoo",
     "save_model": "zoo",
 }
 
@@ -45,8 +49,12 @@ if TYPE_CHECKING:
     from .zoo import generate as generate
     from .zoo import generate_tokens as generate_tokens
     from .zoo import list_models as list_models
+    from .zoo import load_backbone as load_backbone
     from .zoo import load_model as load_model
+    from .zoo import model_info as model_info
+    from .zoo import push_to_hub as push_to_hub
     from .zoo import register_model as register_model
+    from .zoo import register_weights as register_weights
     from .zoo import save_model as save_model
 
 

@@ -3,24 +3,38 @@
 if not __name__.startswith("seqzoo."):
     raise ImportError("import seqzoo.zoo, not zoo")
 
-from ._files import load_model, read_config, save_model
+from ._factory import create_model
+from ._features import FeatureExtractor, FeatureInfo, ZooModel
+from ._files import read_config
 from ._forecaster import Forecaster
 from ._generate import TokenStep, generate, generate_tokens
+from ._hub import push_to_hub
 from ._language import LanguageModel
-from ._registry import ModelInfo, create_model, list_models, model_info, register_model
+from ._loading import load_backbone, load_model
+from ._registry import ModelInfo, list_models, model_info, register_model
+from ._saving import save_model
+from ._weights import Weights, register_weights, weights_info
 
 __all__ = [
+    "FeatureExtractor",
+    "FeatureInfo",
     "Forecaster",
     "LanguageModel",
     "ModelInfo",
     "TokenStep",
+    "Weights",
+    "ZooModel",
     "create_model",
     "generate",
     "generate_tokens",
     "list_models",
+    "load_backbone",
     "load_model",
     "model_info",
+    "push_to_hub",
     "read_config",
     "register_model",
+    "register_weights",
     "save_model",
+    "weights_info",
 ]

@@ -202,8 +202,6 @@ class ZooModel(nn.Module):
         return {name for name, parameter in self.named_parameters() if id(parameter) in spared}
 
 
-# Classes that are no `ZooModel` and have no features, by name, and why.
-_WITHOUT = {"ViS4mer": "its stages merge tokens; its own forward_features gives the pooled vector"}
 INTERFACE = (
     *("no_features", "classifier", "heads", "mixers", "feature_reduction", "input_spec", "feature_info"),
     *("_trunk", "_run_trunk", "_reductions", "example_inputs", "forward_features", "forward_intermediates"),
@@ -214,9 +212,6 @@ INTERFACE = (
 
 def give_interface(cls: type[nn.Module]) -> None:
     """Give a class that is no `ZooModel` the parts of one that it does not define: what `register_model` does."""
-    why = next((_WITHOUT[base.__name__] for base in cls.__mro__ if base.__name__ in _WITHOUT), None)
-    if why is not None and not hasattr(cls, "no_features"):
-        cls.no_features = why  # type: ignore[attr-defined]
     for name in INTERFACE:
         if not hasattr(cls, name):
             setattr(cls, name, inspect.getattr_static(ZooModel, name))

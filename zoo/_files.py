@@ -1,51 +1,126 @@
-"""Saving and loading: a folder with weights (safetensors), a config of names and plain values, and a card."""
+"""What a saved model is: a folder with model.safetensors, config.json (names and plain values) and README.md.
+
+Nothing in such a folder is unpickled and nothing that it names is imported. Links are followed, also out of the folder:
+the cache of the hub keeps its files that way. Files beside these three are named in the config with their sha256.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..blocks.protocol import Mixer
-from ..blocks.registry import list_mixers, mixer_info
-from ._registry import create_model
-
-SCHEMA_VERSION = 1
-_PLAIN = (str, int, float, bool, type(None))
-
-
-def _plain(value: Any, where: str) -> Any:
-    """`value` as plain containers; a registered Mixer class becomes its name. Raises ValueError for anything else."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, dict):
-        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, type) and issubclass(value, Mixer):
-        for name in list_mixers():
-            if mixer_info(name).cls is value:
-                return name
-        raise ValueError(
-            f"{where} is the unregistered mixer {value.__name__}; give it @register_mixer to save the model"
-        )
-    raise ValueError(f"{where} holds a {type(value).__name__}; a saved model holds names and plain values only")
+# 2: files, dtype, record. What an older one lacks has its default.
+SCHEMA_VERSION = 2
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+# More than any scaler or list of labels needs; a larger file is not read.
+MAX_CONFIG_BYTES = 64 << 20
+# What Hydra would act on.
+_TARGETS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def clean_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a saved model, every field there. Raises ValueError naming what is wrong with the folder."""
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not path.is_file():
+        near = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))[:3] if folder.is_dir() else []
+        hint = f"; the folder {near[0]} in it is one" if near else ""
+        raise ValueError(f"{folder} is not a saved model: it has no {CONFIG}{hint}")
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_CONFIG_BYTES:,} of any config; it is not read")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not an object with name and options")
+    if not isinstance(config.get("name"), str):
+        raise ValueError(f"{path} has no model name")
+    version = config.get("schema_version", 1)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {version}, this seqzoo reads up to {SCHEMA_VERSION}: pip install -U seqzoo"
+        )
+    config = {"options": {}, "preprocessing": {}, "files": {}, "dtype": "float32", "num_parameters": 0, **config}
+    for key in ("options", "preprocessing", "files"):
+        if not isinstance(config[key], dict):
+            raise ValueError(f"{path}: {key} is a {type(config[key]).__name__}, expected an object")
+    _refuse_targets(config, str(path))
+    for name in config["files"]:
+        check_file_name(name, str(path))
+    return config
+
+
+def check_file_name(name: str, where: str) -> None:
+    """Raise ValueError for a name that could lead out of the folder, or is one of the three files."""
+    if not _FILE_NAME.fullmatch(name) or ".." in name or name in (WEIGHTS, CONFIG, CARD):
+        raise ValueError(f"{where} names the file {name!r}; beside {WEIGHTS} only plain file names are allowed")
+
+
+def _refuse_targets(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in _TARGETS:
+                raise ValueError(f"{where} holds {key!r}; a saved model holds names and plain values only")
+            _refuse_targets(inner, where)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_targets(inner, where)
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, without the prefixes of torch.compile and DDP. Raises ValueError for a file
+    that is something else, is cut off or claims more than it has."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _check_header(path)
+    try:
+        return clean_keys(load_file(str(path)))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file that can be read: {error}") from error
+
+
+def _check_header(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start[:2] == b"PK" or start[:1] == b"\x80":
+            raise ValueError(f"{path} is a pickle under the name of a safetensors file; it is not opened")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise ValueError(
+                f"{path} is cut off or no safetensors file: its header claims {length:,} bytes, the file has {size:,}"
+            )
+        try:
+            header = json.loads(file.read(length))
+            ends = [int(part["data_offsets"][1]) for name, part in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is no safetensors file: its header is not what it should be ({error})") from error
+    if max(ends, default=0) != size - 8 - length:
+        raise ValueError(
+            f"{path} is cut off or overlong: its tensors need {8 + length + max(ends, default=0):,} bytes, "
+            f"the file has {size:,}"
+        )
+
+
+def clean_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """State-dict keys without the prefixes that torch.compile and DDP add."""
     cleaned = {}
     for key, value in state.items():
@@ -55,106 +130,16 @@ def clean_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return cleaned
 
 
-def save_model(model: nn.Module, folder: str | Path, *, preprocessing: dict[str, Any] | None = None) -> Path:
-    """Write `model` (made by `create_model`) to a folder: model.safetensors, config.json, README.md.
+def is_full_disk(error: BaseException) -> bool:
+    """Whether the error says that the disk, the quota or the largest allowed file was reached."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-    preprocessing: plain values that belong to the artefact (scaler, column names, frequency). Files are written under
-    a temporary name and renamed. Raises ValueError for a model without a config or with options that are not plain.
-    """
-    from safetensors.torch import save_file
 
-    config = getattr(model, "config", None)
-    if not isinstance(config, dict) or "name" not in config:
-        raise ValueError("save_model takes models made by create_model (they carry their config)")
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "name": config["name"],
-        "options": _plain(config["options"], "options"),
-        "preprocessing": _plain(preprocessing or {}, "preprocessing"),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.safetensors"
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in clean_keys(model.state_dict()).items()}
-    temporary = weights.with_suffix(f".tmp{os.getpid()}")
+def write_text(path: Path, text: str) -> None:
+    """All or nothing: under a temporary name, then renamed."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        save_file(state, str(temporary))
-        record["sha256"] = _sha256(temporary)
-        os.replace(temporary, weights)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _write(folder / "config.json", json.dumps(record, indent=2) + "\n")
-    _write(folder / "README.md", _card(record))
-    return folder
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _card(record: dict[str, Any]) -> str:
-    return (
-        "---\nlibrary_name: seqzoo\n---\n\n"
-        f"# {record['name']}\n\n{record['num_parameters']:,} parameters; weights sha256 `{record['sha256']}`.\n\n"
-        "```python\nimport seqzoo\n\nmodel = seqzoo.load_model('this folder')\n```\n"
-    )
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a saved model. Raises ValueError naming what is wrong with the folder."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a saved model: it has no config.json")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(record, dict) or "name" not in record:
-        raise ValueError(f"{path} has no model name")
-    if record.get("schema_version", 0) > SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has schema version {record['schema_version']}, this seqzoo reads up to {SCHEMA_VERSION}"
-        )
-    if "_target_" in json.dumps(record):
-        raise ValueError(f"{path} holds a _target_; a saved model holds names and plain values only")
-    return record
-
-
-def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
-    """Load a folder written by `save_model`, in eval mode; `overrides` replace options of the model.
-
-    Nothing is unpickled and nothing that the folder names is imported. Raises ValueError when the weights' sha256 is
-    not the config's (both are printed), when a name is unknown, and for missing, unexpected or misshaped tensors.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    record = read_config(folder)
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{folder} has no model.safetensors")
-    found = _sha256(weights)
-    if found != record.get("sha256"):
-        raise ValueError(f"{weights} has sha256 {found}, its config says {record.get('sha256')}; it is not loaded")
-    model = create_model(record["name"], **{**record.get("options", {}), **overrides})
-    state = clean_keys(load_file(str(weights)))
-    own = model.state_dict()
-    wrong = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if wrong or missing or extra:
-        parts = [
-            f"{label}: {', '.join(names)}"
-            for label, names in (("misshaped", wrong), ("missing", missing), ("unexpected", extra))
-            if names
-        ]
-        raise ValueError(f"{weights} does not fit {record['name']}: {'; '.join(parts)}")
-    model.load_state_dict(state)
-    return model.eval()

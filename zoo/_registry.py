@@ -6,13 +6,15 @@ import fnmatch
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..blocks.registry import did_you_mean
+from ..blocks.registry import did_you_mean, list_mixers
+from ._features import give_interface
+from ._weights import known_weights, split_name, tags_of
 
 Entrypoint = Callable[..., nn.Module]
 
@@ -26,6 +28,7 @@ class ModelInfo:
     cls: type[nn.Module]
     task: str
     paper: str
+    modality: str = ""
 
     @property
     def summary(self) -> str:
@@ -39,28 +42,54 @@ class ModelInfo:
         return {p.name: own.get(p.name, p.default) for p in parameters if p.name not in ("self", "device", "dtype")}
 
     @property
+    def mixers(self) -> tuple[str, ...]:
+        """Names of the mixers that it is built with unless told otherwise."""
+        choice = self.options.get("mixer")
+        parts = choice if isinstance(choice, (list, tuple)) else [choice]
+        names = [part.get("name") if isinstance(part, Mapping) else part for part in parts]
+        own: tuple[str, ...] = getattr(self.cls, "mixers", ())
+        return tuple(dict.fromkeys([*(name for name in names if isinstance(name, str)), *own]))
+
+    @property
+    def has_features(self) -> bool:
+        """Whether it gives intermediates, so that `features_only=True` takes it."""
+        return getattr(self.cls, "no_features", None) is None
+
+    @property
+    def tags(self) -> list[str]:
+        """Tags of its pretrained weights, the default first."""
+        return tags_of(self.name)
+
+    @property
     def defaults(self) -> dict[str, Any]:
         return dict(getattr(self.build, "defaults", {}))
 
 
+_MODALITIES = {"documents": "text", "forecasting": "series"}  # else the first word of the task
 _REGISTRY: dict[str, ModelInfo] = {}
 
 
 def register_model(
-    cls: type[nn.Module], *, task: str, paper: str, **defaults: Any
+    cls: type[nn.Module], *, task: str, paper: str = "", modality: str | None = None, **defaults: Any
 ) -> Callable[[Entrypoint], Entrypoint]:
     """Decorator: the function's name becomes a model of class `cls` with these default options.
 
-    The function receives the merged options and returns the model. Raises ValueError for a name already taken.
+    The function receives the merged options and returns the model. paper: where it is defined. modality: "text",
+    "series", "audio", "video", "image" or your own; None: the task's. A class that is no `ZooModel` is given what it
+    lacks of one (`forward_intermediates` and so on). Raises ValueError for a name that is taken or holds a dot.
     """
 
     def register(function: Entrypoint) -> Entrypoint:
         name = function.__name__
+        if "." in name:
+            raise ValueError(f"the model name {name!r} holds a dot; a tag of weights stands behind it")
         known = _REGISTRY.get(name)
         if known is not None and known.build.__module__ != function.__module__:
             raise ValueError(f"the model name {name!r} is already taken by {known.build.__module__}")
         function.defaults = defaults  # type: ignore[attr-defined]
-        _REGISTRY[name] = ModelInfo(name, function, cls, task, paper)
+        give_interface(cls)
+        of_task = _MODALITIES.get(task, task.partition("_")[0])
+        _REGISTRY[name] = ModelInfo(name, function, cls, task, paper, modality or of_task)
         return function
 
     return register
@@ -98,40 +127,60 @@ def _load_all() -> None:
 
 
 def model_info(name: str) -> ModelInfo:
-    """The record of one model. Raises ValueError with the close names for an unknown one."""
+    """The record of one model, with or without a tag. Raises ValueError with the close names for an unknown one."""
     _load_all()
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown model {name!r}.{did_you_mean(name, _REGISTRY)}")
-    return _REGISTRY[name]
+    model = split_name(name)[0]
+    if model not in _REGISTRY:
+        raise ValueError(f"unknown model {model!r}.{did_you_mean(model, _REGISTRY)}")
+    return _REGISTRY[model]
 
 
-def list_models(filter: str = "*", *, task: str | None = None, pretrained: bool = False) -> list[str]:
-    """Names of the registered models that match a wildcard, optionally of one task.
+def list_models(
+    filter: str | Sequence[str] = "*",
+    *,
+    pretrained: bool = False,
+    exclude: str | Sequence[str] = (),
+    task: str | None = None,
+    modality: str | None = None,
+    mixer: str | None = None,
+    features_only: bool = False,
+) -> list[str]:
+    """Names of the registered models, sorted.
 
-    pretrained: only those with weights (none ship yet).
+    filter, exclude: one or several wildcards, of which one fits. pretrained: those with weights, as "<model>.<tag>"
+    (a wildcard may fit with or without the tag). task, modality: that they are of. mixer: that they have, unless told
+    otherwise. features_only: those that give intermediates. Raises ValueError for a task, modality or mixer that there
+    is not, naming the nearest.
     """
     _load_all()
-    if pretrained:
-        return []
-    return sorted(n for n, i in _REGISTRY.items() if fnmatch.fnmatch(n, filter) and (task is None or i.task == task))
+    _check("task", task, {info.task for info in _REGISTRY.values()})
+    _check("modality", modality, {info.modality for info in _REGISTRY.values()})
+    _check("mixer", mixer, list_mixers())
+    wanted, unwanted = _patterns(filter) or ["*"], _patterns(exclude)
+
+    def fits(name: str, patterns: Iterable[str]) -> bool:
+        forms = (name, split_name(name)[0])
+        return any(fnmatch.fnmatchcase(form, pattern) for form in forms for pattern in patterns)
+
+    names = sorted(known_weights() if pretrained else _REGISTRY)
+    return [
+        name
+        for name, info in ((name, _REGISTRY.get(split_name(name)[0])) for name in names)
+        if info is not None
+        and fits(name, wanted)
+        and not fits(name, unwanted)
+        and (task is None or info.task == task)
+        and (modality is None or info.modality == modality)
+        and (mixer is None or mixer in info.mixers)
+        and (info.has_features or not features_only)
+    ]
 
 
-def create_model(name: str, pretrained: bool = False, **overrides: Any) -> nn.Module:
-    """Build a registered model; `overrides` replace options of its class.
+def _patterns(given: str | Sequence[str]) -> list[str]:
+    return [pattern for pattern in ([given] if isinstance(given, str) else given) if pattern]
 
-    Raises ValueError for an unknown name or option, naming the nearest, and for `pretrained` (no weights ship yet).
-    The model remembers `config = {"name", "options"}`, from which `save_model` writes it.
-    """
-    info = model_info(name)
-    if pretrained:
-        raise ValueError(f"no pretrained weights ship for {name!r}; load_model(folder) loads your own")
-    valid = info.options
-    for key in overrides:
-        if key not in valid:
-            raise ValueError(f"model {name!r} has no option {key!r}.{did_you_mean(key, valid)}")
-    missing = [k for k, v in valid.items() if v is inspect.Parameter.empty and k not in overrides]
-    if missing:
-        raise ValueError(f"model {name!r} needs {', '.join(missing)}")
-    model = info.build(**{**info.defaults, **overrides})
-    model.config = {"name": name, "options": dict(overrides)}  # type: ignore[assignment]
-    return model
+
+def _check(what: str, value: str | None, known: Iterable[str]) -> None:
+    known = set(known)
+    if value is not None and value not in known:
+        raise ValueError(f"unknown {what} {value!r}.{did_you_mean(value, known)}")

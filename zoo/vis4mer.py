@@ -141,7 +141,7 @@ class ViS4mer(ZooModel):
         if mask is not None:
             mask = F.pad(mask, (0, -mask.shape[1] % step)).unflatten(1, (-1, step)).any(2).repeat_interleave(places, 1)
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        weight = self.head.weight
+        weight = self.first.proj.weight
         x = self.proj(x.to(weight.dtype))
         if mask is None or self.parity:
             return x, None

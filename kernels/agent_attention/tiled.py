@@ -193,8 +193,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradient(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward(do, *ctx.saved_tensors, *ctx.options)
-    biases = (None if t is None else g.to(t.dtype) for t, g in zip(ctx.saved_tensors[4:6], grads[4:], strict=True))
+    saved = ctx.saved_tensors  # read once: gradient checkpointing gives them once
+    grads = _backward(do, *saved, *ctx.options)
+    biases = (None if t is None else g.to(t.dtype) for t, g in zip(saved[4:6], grads[4:], strict=True))
     return *grads[:4], *biases, None, None, None, None
 
 

@@ -76,7 +76,7 @@ def test_unknown_names_are_named(saved):
 
 
 def test_misshaped_tensors_are_listed(saved):
-    from seqzoo.zoo._files import _sha256
+    from seqzoo.zoo._files import file_sha256 as _sha256
 
     _, folder = saved
     path = folder / "model.safetensors"

@@ -140,7 +140,7 @@ def test_names_and_refusals():
     for options, message in (
         ({"dim": 20}, "multiple of 2"),
         ({"num_stages": 0}, "num_stages"),
-        ({"num_classes": 0}, "num_cl"),
+        ({"num_classes": -1}, "num_cl"),
     ):
         with pytest.raises(ValueError, match=message):
             small(**options)
