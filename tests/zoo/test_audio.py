@@ -178,8 +178,8 @@ def test_what_is_refused():
         small("classifier", pooling="mena")
     with pytest.raises(ValueError, match=r"head='words'.*text"):
         small("detector", head="words")
-    with pytest.raises(ValueError, match="num_classes=0 must be a positive integer"):
-        small("detector", num_classes=0)
+    with pytest.raises(ValueError, match="num_classes=-1 must be a positive integer"):
+        small("detector", num_classes=-1)
     with pytest.raises(ValueError, match='words can be asked for with head="text"'):
         small("detector").score(torch.zeros(1, 2, 16), torch.zeros(1, 5))
     with pytest.raises(ValueError, match=r"normalised as a stack"):

@@ -378,7 +378,7 @@ class TestImageModels:
         ({"position": "learnt"}, "learned"),
         ({"space_mixer": "linear"}, "space_mixer is for layout='factorised'"),
         ({"pooling": "men"}, "mean"),
-        ({"num_classes": 0}, "num_classes=0"),
+        ({"num_classes": -1}, "num_classes=-1"),
     ],
 )
 def test_bad_options_say_which_and_what_there_is(options, message):
