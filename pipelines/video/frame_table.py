@@ -12,11 +12,10 @@ class FrameTable(NamedTuple):
     """Of one video stream. Frames are numbered in the order in which they are shown.
 
     stream: its index in the file. pts: int64 (N,), times in units of `base` seconds, rising. end: of the last frame, in
-    the same unit. key_frames: int64 (K,), frames at which decoding can start; key_dts: int64 (K,), where to seek for
-    them. counted: the file has no times, those here are counted, and decoding starts at the beginning only. height,
-    width: as stored. rotation: degrees clockwise by which a frame is turned to be shown: 0, 90, 180, 270. container:
-    the kind of file, such as "mov" or "matroska". alone: there is no other video stream. closed: no frame refers to one
-    before the key frame that it is shown after.
+    the same unit. key_frames: int64 (K,), frames at which decoding can start. counted: the file has no times, those
+    here are counted, and decoding starts at the beginning only. height, width: as stored. rotation: degrees clockwise
+    by which a frame is turned to be shown: 0, 90, 180, 270. container: the kind of file, such as "mov" or "matroska".
+    alone: there is no other video stream. closed: no frame refers to one before the key frame that it is shown after.
     """
 
     stream: int
@@ -24,7 +23,6 @@ class FrameTable(NamedTuple):
     end: int
     base: Fraction
     key_frames: np.ndarray
-    key_dts: np.ndarray
     counted: bool
     height: int
     width: int
@@ -91,22 +89,20 @@ class Packets:
             latest = pts if key else latest
         return True
 
-    def order(self, step: int) -> tuple[np.ndarray, int, np.ndarray, np.ndarray, bool]:
-        """pts, end, key_frames, key_dts and counted of the table. step: of a frame, where the file has no times."""
+    def order(self, step: int) -> tuple[np.ndarray, int, np.ndarray, bool]:
+        """pts, end, key_frames and counted of the table. step: of a frame, where the file has no times."""
         number = len(self._pts)
         times: list[int | None] = self._pts
         if any(t is None for t in times):  # AVI has one time a packet
             times = self._dts if sum(t is None for t in self._dts) < sum(t is None for t in times) else times
         known = sum(t is not None for t in times)
         if (known < number and 2 * known < number) or len({t for t in times if t is not None}) == 1 < number:
-            return np.arange(number) * step, number * step, np.zeros(1, np.int64), np.zeros(1, np.int64), True
+            return np.arange(number) * step, number * step, np.zeros(1, np.int64), True
         kept = [k for k, t in enumerate(times) if t is not None]
         raw = np.array([times[k] for k in kept], np.int64)
         pts, first = np.unique(raw, return_index=True)
         last = kept[int(first[-1])]
         gap = int(np.median(np.diff(pts))) if len(pts) > 1 else step
         end = int(pts[-1]) + (self._durations[last] or gap)
-        keys = sorted({(int(t), k) for k, t in zip(kept, raw, strict=True) if self._keys[k]})
-        frames = np.searchsorted(pts, np.array([t for t, _ in keys], np.int64))
-        dts = [t if self._dts[k] is None else min(t, int(self._dts[k] or 0)) for t, k in keys]
-        return pts, end, frames.astype(np.int64), np.array(dts, np.int64), False
+        keys = np.unique([int(t) for k, t in zip(kept, raw, strict=True) if self._keys[k]])
+        return pts, end, np.searchsorted(pts, keys).astype(np.int64), False

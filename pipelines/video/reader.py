@@ -266,9 +266,10 @@ class VideoReader:
 
     def _leave_hanging(self) -> None:
         """Go on with a new thread, without the decoder in the old one."""
-        if self._decoder is not None and (kill := getattr(self._decoder, "kill", None)) is not None:
+        decoder, self._decoder = self._decoder, None
+        self._watch = Watched(self.name, self.timeout)
+        if (kill := getattr(decoder, "kill", None)) is not None:
             kill()
-        self._decoder, self._watch = None, Watched(self.name, self.timeout)
 
     def _opened_table(self) -> FrameTable:
         return self._run(self._read_table) if self._table is None else self._table
@@ -283,7 +284,7 @@ class VideoReader:
 
     def _open_decoder(self) -> Decoder:
         """The decoder that reads the file, or the next one of "auto" after those that failed."""
-        table = self._read_table()
+        watch, table = self._watch, self._read_table()
         while True:
             self._backend = next((name for name in self._choices() if name not in self._tried), self._choices()[-1])
             try:
@@ -296,9 +297,13 @@ class VideoReader:
                     beat=self._watch.beat,
                 )
             except Exception as error:
+                if self._watch is not watch:  # this thread was left behind, the reader is another one's now
+                    raise
                 if not self._next_after(error):
                     raise self._error(error) from None
                 continue
+            if self._watch is not watch:
+                return decoder
             self._say_backend()
             self._decoder = decoder
             return decoder
@@ -307,15 +312,19 @@ class VideoReader:
         """Fill frames: the picture of numbers[k], which rise, where places is k."""
         order = np.argsort(places, kind="stable")
         bounds = np.searchsorted(places[order], np.arange(len(numbers) + 1))
-        done = 0
+        done, watch = 0, self._watch
         while done < len(numbers):
             decoder = self._decoder or self._open_decoder()
             try:
                 for frame in decoder.frames(numbers[done:].tolist()):
                     frames[order[bounds[done] : bounds[done + 1]]] = frame
                     done += 1
-                    self._watch.beat()
+                    watch.beat()
+                    if self._watch is not watch:
+                        return
             except Exception as error:
+                if self._watch is not watch:
+                    raise
                 self._decoder = None
                 with contextlib.suppress(Exception):
                     decoder.close()

@@ -114,3 +114,8 @@ def trim_by_edit_list(path: Path, units: int) -> Path:
     data[place + 16 : place + 20] = begin.to_bytes(4, "big")
     path.write_bytes(data)
     return path
+
+
+def send_numbers(reader: Any, pipe: Any) -> None:
+    """What a process that was started anew finds in a reader that it was sent."""
+    pipe.send((reader.backend, numbers_in(reader.read([4, 1]))))

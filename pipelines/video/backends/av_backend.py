@@ -53,8 +53,8 @@ def read_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTa
     if not len(packets):
         cause = "cut off" if said > 0 else "empty"
         raise VideoError(f"{path} has a video stream ({codec}) without a frame in it, {_said(said, stated)}", cause)
-    pts, end, keys, dts, counted = packets.order(max(1, round(1 / (rate * base))))
-    table = FrameTable(index, pts, end, base, keys, dts, counted, height, width, 0, codec, kind, alone, packets.closed)
+    pts, end, keys, counted = packets.order(max(1, round(1 / (rate * base))))
+    table = FrameTable(index, pts, end, base, keys, counted, height, width, 0, codec, kind, alone, packets.closed)
     table = _decodable(path, table, threads, beat)
     number, found = len(table.pts), float((table.end - table.pts[0]) * base)
     if number < max(said, len(packets)) or found < 0.95 * stated - 1:
@@ -135,7 +135,7 @@ class AvDecoder:
     def _seek(self, key: int) -> bool:
         """Whether it came to stand at a key frame; _from is the frame from which on what comes out is whole."""
         try:
-            self._container.seek(int(self._table.key_dts[key]), stream=self._stream, backward=True)
+            self._container.seek(int(self._table.pts[self._table.key_frames[key]]), stream=self._stream, backward=True)
         except self._av.FFmpegError:
             return False
         self._start()
@@ -156,7 +156,10 @@ class AvDecoder:
                 if not packet.is_keyframe:
                     continue
                 at = packet.dts if packet.pts is None else packet.pts
-                self._from = -1 if at is None else self._table.number_of(at)
+                found = -1 if at is None else self._table.number_of(at)
+                # Another time than without the seek, as in MPEG program streams: the times after it are wrong.
+                place = self._table.key_before(found)
+                self._from = found if place >= 0 and self._table.key_frames[place] == found else -1
             try:
                 self._waiting.extend(self._stream.codec_context.decode(packet if packet.size else None))
             except EOFError:
@@ -258,7 +261,6 @@ def _decodable(path: Path, table: FrameTable, threads: int, beat: Callable[[], N
         pts=table.pts[begin : last + 1],
         end=table.end if last == number - 1 else int(table.pts[last + 1]),
         key_frames=table.key_frames[kept] - begin,
-        key_dts=table.key_dts[kept],
         height=height,
         width=width,
         rotation=rotation,
