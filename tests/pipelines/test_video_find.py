@@ -175,8 +175,6 @@ def test_ten_hours_are_looked_at_less_often(tmp_path: Path, undrawn: list[str], 
 def test_a_folder_leaves_out_what_cannot_be_read(
     tmp_path: Path, undrawn: list[str], capsys: pytest.CaptureFixture[str]
 ):
-    tmp_path: Path, undrawn: list[str], capsys: pytest.CaptureFixture[str]
-):
     folder = tmp_path / "videos"
     first = write_video(folder / "a.mp4", [("grey", 20), ("red", 10)])
     content = first.read_bytes()
