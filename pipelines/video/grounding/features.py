@@ -31,9 +31,13 @@ class FeatureBank:
 
     def fill(self, composer: Composer) -> None:
         """Encode every frame that videos of a composer may show, and keep what is new in the cache."""
+        wanted: dict[str, tuple[Any, list[np.ndarray]]] = {}
         for segment in composer.segments():
+            _, frames = wanted.setdefault(str(segment.reader.path), (segment.reader, []))
+            frames.append(np.arange(segment.first, segment.first + segment.frames))
+        for reader, frames in wanted.values():
             for flip in (False, True) if composer.flip else (False,):
-                self._of(segment.reader, flip).at(np.arange(segment.first, segment.first + segment.frames))
+                self._of(reader, flip).at(np.concatenate(frames))
         for vectors in self._vectors.values():
             vectors.keep()
 

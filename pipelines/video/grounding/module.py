@@ -113,6 +113,7 @@ class VideoGroundingModule(TrainingModule):
             raise UserError(
                 f"model.encoder.name={kind!r}: grounding reads vectors of data.scorer, model.encoder.name=features"
             )
+        self.windows()
         self.cosine = bool(task.get("cosine", True))
         dim = int(schema["dim"])
         options |= {"encoder": {"name": "features", "dim": dim + 2 * self.cosine}, "query_dim": dim}
