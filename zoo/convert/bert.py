@@ -19,10 +19,11 @@ ENCODER = {
     f"{_BLOCK}intermediate.dense": f"{_OURS}ffn.up_proj",
     f"{_BLOCK}output.dense": f"{_OURS}ffn.down_proj",
 }
+_DECODER = "cls.predictions.decoder"
 _MASKED = {
     "cls.predictions.transform.dense": "model.head.transform",
     "cls.predictions.bias": "model.head.bias",
-    "cls.predictions.decoder.weight": "model.head.proj.weight",
+    f"{_DECODER}.weight": "model.head.proj.weight",
 }
 _CLASSES = {"bert.pooler.dense": "model.head.pooler", "classifier": "model.head.proj"}
 _NORMS = {
@@ -65,15 +66,20 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
     if classes is not None:
         options["num_classes"] = len(classes)
     norms = {**_NORMS, **({"cls.predictions.transform.LayerNorm": "model.head.norm"} if masked else {})}
-    ties = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
-    if tied:
-        ties["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
     # The pooler and the next-sentence head are left out where nothing of ours reads them.
-    unread = (r"bert\.pooler\..*", r"cls\.seq_relationship\..*") if classes is None else ()
+    unread = [] if classes is not None else [r"bert\.pooler\..*", r"cls\.seq_relationship\..*"]
+    ties, head = {}, _MASKED
+    if tied or f"{_DECODER}.bias" not in names:
+        ties[f"{_DECODER}.bias"] = "cls.predictions.bias"
+    else:  # a decoder of its own reads its own bias, and the other one is idle
+        head = {**_MASKED, f"{_DECODER}.bias": "model.head.bias"}
+        unread.append(r"cls\.predictions\.bias")
+    if tied:
+        ties[f"{_DECODER}.weight"] = "bert.embeddings.word_embeddings.weight"
     return Plan(
         "bert_base",
         options,
-        {**ENCODER, **_norms(norms), **(_MASKED if masked else _CLASSES if classes is not None else {})},
+        {**ENCODER, **_norms(norms), **(head if masked else _CLASSES if classes is not None else {})},
         ignored=(r"bert\.embeddings\.(position_ids|token_type_ids)", *unread),
         tied=ties,
         prefix="bert.",
