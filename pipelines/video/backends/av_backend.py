@@ -35,7 +35,7 @@ def read_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTa
     av: Any = package("av")
     packets = Packets()
     with _opened(av, path) as container:
-        stream = _video_stream(container, path)
+        stream = _video_stream(av, container, path)
         alone = len(container.streams.video) == 1
         index, base = stream.index, stream.time_base or Fraction(1, 90_000)
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
@@ -219,8 +219,8 @@ def _opened(av: Any, path: Path) -> Any:
         raise VideoError(f"{path} is not a video that can be read ({_reason(error)})", "not video") from None
 
 
-def _video_stream(container: Any, path: Path) -> Any:
-    streams = [s for s in container.streams.video if not _is_picture(s)]
+def _video_stream(av: Any, container: Any, path: Path) -> Any:
+    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]  # covers
     if not streams:
         others = sorted({stream.type for stream in container.streams})
         has = f"only {', '.join(others)}" if others else "no stream at all"
@@ -230,11 +230,6 @@ def _video_stream(container: Any, path: Path) -> Any:
     if stream.codec_context is None:
         raise VideoError(f"{path}: there is no decoder for its video")
     return stream
-
-
-def _is_picture(stream: Any) -> bool:
-    """A cover of an audio file."""
-    return "attached_pic" in str(stream.disposition).lower()
 
 
 def _hidden(packet: Any) -> bool:
