@@ -1,9 +1,9 @@
 """How far windows are from the whole recording, for a trained detector that hears both ways.
 
-    python benchmarks/audio_windows.py runs/audio_events/<run>/checkpoints/best.ckpt [--minutes 10] [--context 1 2 5]
+    python benchmarks/audio_windows.py runs/audio_events/<run>/checkpoints/best.ckpt [--minutes 10] [--context 1 5 20]
 
-A recording of the test's voice and backgrounds is heard once as a whole, and in windows of ten seconds and more whose
-middle is kept, with --context seconds more on either side. A row compares the probabilities of all tokens and labels:
+A recording of the test's voice and backgrounds is heard once as a whole, and in windows of which a minute is
+kept, with --context seconds more on either side. A row compares the probabilities of all tokens and labels:
 the largest and the mean difference, the share that differs by more than 0.01 and 0.05, and the event F1 of what is
 decoded from windows against what is decoded from the whole. SEQZOO_DATA is the folder of fsdd and audio_long.
 Writes benchmarks/results/audio_windows.{json,md}.
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="of lightning fit experiment=audio/find")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--context", type=float, nargs="+", default=[0.5, 1.0, 2.0, 5.0])
+    parser.add_argument("--context", type=float, nargs="+", default=[1.0, 5.0, 10.0, 20.0, 30.0, 60.0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     data = data_folder()
