@@ -53,6 +53,10 @@ def _dispatch(arguments: list[str]) -> int:
         from .text.tokenizer_command import main as train_tokenizer
 
         return train_tokenizer(rest)
+    if word == "convert":
+        from .convert_command import main as convert_checkpoint
+
+        return convert_checkpoint(rest)
     if word == "lra":
         from .documents.lra_command import main as print_arena
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ def make_plan(source: str | Path | Mapping[str, Tensor], *, config: Any = None) 
     `convert`. `Plan.translate` also takes the gradients of the checkpoint's model."""
     found = read_source(source, config)
     return find_converter(found.config).plan(found.config, found.tensors)
+
+
+class Conversion(NamedTuple):
+    """model: in eval mode. plan: what was decided. left_out: names of tensors that the model has no use for."""
+
+    model: nn.Module
+    plan: Plan
+    left_out: list[str]
 
 
 def convert(
@@ -42,6 +50,18 @@ def convert(
     without converter, for options that ours do not have, and for missing, unexpected, misshaped and quantised tensors,
     all by name.
     """
+    return convert_report(source, target, config=config, dtype=dtype, overwrite=overwrite).model
+
+
+def convert_report(
+    source: str | Path | Mapping[str, Tensor],
+    target: str | Path | None = None,
+    *,
+    config: Any = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """As `convert`, with what was decided and what was left out."""
     from .. import create_model, save_model
 
     found = read_source(source, config)
@@ -50,7 +70,7 @@ def convert(
     with torch.device("meta"):  # no start is drawn for weights that are replaced
         model = create_model(plan.name, **plan.options)
     where = "the state dict" if found.folder is None else str(found.folder)
-    state, _ = plan.translate(found.tensors)
+    state, left_out = plan.translate(found.tensors)
     check_fit(plan, state, model.state_dict(), where)
     if dtype is None:
         dtype = _widest(state)
@@ -61,7 +81,7 @@ def convert(
     model.preprocessing, model.files = plan.preprocessing, _files(found)
     if target is not None:
         save_model(model, Path(target).expanduser())
-    return model
+    return Conversion(model, plan, left_out)
 
 
 def _files(found: Source) -> dict[str, Path]:

@@ -114,12 +114,14 @@ def _load_shards(folder: Path) -> dict[str, Tensor]:
     places = _json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    files = sorted(set(places.values()))
+    for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{folder / INDEX} names {name!r}; expected .safetensors files of the same folder")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / INDEX} names {name}, which is not there")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
         found = _load(folder / name)
         wanted = {tensor for tensor, file in places.items() if file == name}
         if set(found) != wanted:

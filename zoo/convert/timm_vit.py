@@ -82,6 +82,7 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
             "qkv_bias": f"{first}attn.qkv.bias" in tensors,
             "proj_bias": f"{first}attn.proj.bias" in tensors,
         },
+        "ffn": {"name": "gelu", "bias": f"{first}mlp.fc1.bias" in tensors},
         "mlp_ratio": len(up) / patch.shape[0],
         "norm_eps": 1e-6,
         "layer_scale": 1e-5 if f"{first}ls1.gamma" in tensors else None,
