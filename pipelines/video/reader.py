@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,9 +14,10 @@ import torch
 from numpy.typing import ArrayLike
 
 from ..errors import UserError, check_whole, nearest, one_line
-from .backends import BACKENDS, Decoder, open_decoder
+from .backends import BACKENDS, Decoder, open_decoder, open_table
 from .faults import VideoError, check_file, missing_error, say_once
 from .frame_table import FrameTable
+from .open_readers import remember, use
 from .timeouts import Watched
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class VideoReader:
         self.short_side, self.timeout = short_side, float(timeout)
         self._forget()
         self._key: str | None = None
-        _readers.add(self)
+        remember(self)
 
     # what it is -------------------------------------------------------------------------------------------------------
 
@@ -188,8 +188,17 @@ class VideoReader:
         Raises UserError for a number outside 0 to N - 1.
         """
         wanted = self._checked(indices)
-        frames = np.empty((len(wanted), *self.size, 3), np.uint8)
+        height, width = self.size
+        try:
+            frames = np.empty((len(wanted), height, width, 3), np.uint8)
+        except MemoryError:
+            gigabytes = 3 * len(wanted) * height * width / 1e9
+            raise UserError(
+                f"{self.name}: {len(wanted):,} frames of {height}x{width} are {gigabytes:,.1f} GB: ask for fewer at a "
+                "time, or a smaller size"
+            ) from None
         if len(wanted):
+            use(self)
             numbers, places = np.unique(wanted, return_inverse=True)
             self._run(self._decode_into, frames, numbers, places.reshape(-1))
         return frames
@@ -237,7 +246,7 @@ class VideoReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
-        _readers.add(self)
+        remember(self)
 
     def __repr__(self) -> str:
         size = self.asked_size if self.short_side is None else f"short_side {self.short_side}"
@@ -250,6 +259,17 @@ class VideoReader:
         self._backend = ""
         self._tried: dict[str, Exception] = {}  # backends that failed, and why
         self._watch = Watched(self.name, self.timeout)
+
+    def leave_to_parent(self) -> object:
+        """In a forked process: go on as if closed. What must be kept until the process ends."""
+        left = (self._decoder, self._watch)
+        self._decoder, self._watch = None, Watched(self.name, self.timeout)
+        return left
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a decoder is open and does nothing."""
+        return self._decoder is not None and not self._watch.busy
 
     def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call the function in the watched thread; with "auto", again when the decoder that it used hangs."""
@@ -275,11 +295,9 @@ class VideoReader:
         return self._run(self._read_table) if self._table is None else self._table
 
     def _read_table(self) -> FrameTable:
-        from .backends.av_backend import read_table
-
         if self._table is None:
             check_file(self.path)
-            self._table = read_table(self.path, threads=self._threads, beat=self._watch.beat)
+            self._table = open_table(self.path, threads=self._threads, beat=self._watch.beat)
         return self._table
 
     def _open_decoder(self) -> Decoder:
@@ -376,19 +394,3 @@ def _check_side(name: str, value: object) -> None:
     check_whole(name, value, 1)
     if isinstance(value, int) and value > _MOST_PIXELS:
         raise UserError(f"{name} is {value:,} pixels, more than {_MOST_PIXELS:,}")
-
-
-# After a fork the child has the memory of decoders and not their threads: to close one, or let it be collected, would
-# wait for ever. They are kept until the child ends, and its readers open the file anew.
-_readers: weakref.WeakSet[VideoReader] = weakref.WeakSet()
-_left: list[object] = []
-
-
-def _after_fork() -> None:
-    for reader in list(_readers):
-        if reader._decoder is not None or reader._watch._thread is not None:
-            _left.append((reader._decoder, reader._watch))
-            reader._decoder, reader._watch = None, Watched(reader.name, reader.timeout)
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -26,7 +26,12 @@ class Watched:
         self.hangs = False
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._beaten = 0.0
+        self._beaten, self._calls = 0.0, 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call runs or has hung."""
+        return self._calls > 0
 
     def beat(self) -> None:
         """Called by the work: it goes on."""
@@ -41,12 +46,14 @@ class Watched:
             self._thread.start()
         answer = _Answer()
         self.beat()
+        self._calls += 1
         self._jobs.put((lambda: function(*arguments), answer))
         while not answer.done.wait(max(0.0, self._beaten + self.timeout - time.monotonic())):
             if time.monotonic() - self._beaten >= self.timeout:
                 self.hangs = True
                 self._jobs.put(None)  # it ends if it ever comes back
                 raise self._error()
+        self._calls -= 1
         if answer.error is not None:
             raise answer.error
         return answer.value
@@ -56,6 +63,9 @@ class Watched:
         if self._thread is not None and not self.hangs:
             self._jobs.put(None)
         self._thread = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def _error(self) -> VideoError:
         return VideoError(f"{self.name}: the decoder gave no answer for {self.timeout:g} seconds", "hangs")

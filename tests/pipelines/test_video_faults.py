@@ -172,6 +172,20 @@ def test_hole_in_the_middle(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert capsys.readouterr().err.count("replaced with the one shown before") == 1
 
 
+def test_stream_that_comes_up_later(tmp_path: Path) -> None:
+    """In a transport stream, of which nothing was there when the file was opened: PyAV fails at its packet."""
+    data = bytearray(write_video(tmp_path / "a.ts", 60, key_every=1, between=0).read_bytes())
+    starts = [k for k in range(0, len(data), 188) if data[k + 1] & 0x40 and data[k + 1 : k + 3] == b"\x41\x00"]
+    data[starts[-9] + 2] = 0x33  # the packets of one frame have a number of their own
+    path = tmp_path / "late.ts"
+    path.write_bytes(data)
+    with av.open(str(path)) as file, pytest.raises(IndexError):
+        list(file.demux(video=0))
+    reader = open_video(path)
+    found = numbers_in(reader.read(range(len(reader))))
+    assert found == [*range(51), *range(52, 60)]
+
+
 def test_header_lies(tmp_path: Path) -> None:
     """A header that says twice the frames and a length of hours: what can be decoded counts."""
     data = bytearray(write_video(tmp_path / "a.mkv", 40).read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -9,6 +10,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +39,7 @@ from seqzoo.pipelines.video import faults  # noqa: E402
 from seqzoo.pipelines.video import reader as reader_module  # noqa: E402
 from seqzoo.pipelines.video.backends import av_backend, decord_backend  # noqa: E402
 from seqzoo.pipelines.video.faults import VideoError  # noqa: E402
+from seqzoo.pipelines.video.open_readers import MOST_OPEN  # noqa: E402
 from seqzoo.pipelines.video.reader import open_video  # noqa: E402
 
 # Mean absolute difference of two backends, in grey levels of 255. At a file's own size none was seen on 8 bit video;
@@ -331,6 +335,62 @@ def test_memory_is_of_a_batch(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_few_decoders_are_open(tmp_path: Path) -> None:
+    """Of many readers, those that were asked last; the others open their file again."""
+    path = write_video(tmp_path / "a.mp4", 12)
+    readers = [open_video(path, backend="av") for _ in range(MOST_OPEN + 3)]
+    for first in range(2):
+        for number, reader in enumerate(readers):
+            assert numbers_in(reader.read([(number + first) % 12])) == [(number + first) % 12]
+        assert [reader._decoder is not None for reader in readers] == [False] * 3 + [True] * MOST_OPEN
+    readers[3].read([0])
+    readers[0].read([0])
+    assert readers[3]._decoder is not None and readers[4]._decoder is None
+
+
+def test_a_reader_that_is_forgotten(tmp_path: Path) -> None:
+    """Without close: its thread ends, and the process of decord lets its file go."""
+    needs("decord", tmp_path)
+    path = write_video(tmp_path / "a.mp4", 12)
+    keep = open_video(path, backend="decord")
+    keep.read([0])
+
+    def there() -> tuple[int, int]:
+        gc.collect()
+        keep.read([1])  # tells what was dropped, and waits for the answer
+        threads = sum(thread.name == "seqzoo-video" for thread in threading.enumerate())
+        return threads, len(os.listdir(f"/proc/{child_of(keep)}/fd"))
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    before = there()
+    readers = [open_video(path, backend="decord") for _ in range(3)]
+    for reader in readers:
+        reader.read([3])
+    assert there()[0] == before[0] + 3 and there()[1] > before[1]
+    del readers, reader
+    gc.collect()
+    for _ in range(100):
+        if there() == before:
+            break
+        time.sleep(0.05)
+    assert there() == before
+
+
+def test_a_file_that_is_written_anew(tmp_path: Path) -> None:
+    """The frames of a file that were found are not those of another one of its name."""
+    path = write_video(tmp_path / "a.mp4", 12)
+    assert len(open_video(path)) == 12
+    write_video(path, 15)
+    assert len(open_video(path)) == 15
+
+
+def test_more_frames_than_memory(tmp_path: Path) -> None:
+    reader = open_video(write_video(tmp_path / "a.mp4", 2), size=(16384, 16384))
+    with pytest.raises(UserError, match=r"100,000 frames of 16384x16384 are 80,530\.6 GB: ask for fewer"):
+        reader.read(np.zeros(100_000, int))
+
+
 # decoders that fail --------------------------------------------------------------------------------------------------
 
 
@@ -392,8 +452,6 @@ def test_all_decoders_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_decoder_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given up after the time-out, once: "auto" goes on with the next."""
-    import threading
-
     path = write_video(tmp_path / "a.mp4", 20)
     fail_first(monkeypatch, threading.Event().wait, at=3)
     reader = open_video(path, timeout=0.2)
@@ -409,8 +467,6 @@ def test_decoder_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_slow_decoder_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time-out is for each step, not for the whole."""
-    import time
-
     fail_first(monkeypatch, lambda: time.sleep(0.1))
     reader = open_video(write_video(tmp_path / "a.mp4", 20), timeout=0.6, backend="decord")
     assert reader.read(range(12)).shape[0] == 12

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ...errors import UserError, nearest
+from ...errors import UserError, nearest, one_line
+from ..faults import VideoError
 from ..frame_table import FrameTable
 
 # Tried in this order by "auto".
@@ -25,7 +26,8 @@ class Decoder(Protocol):
     def close(self) -> None: ...
 
 
-Opener = Callable[..., Decoder]
+_MOST_TABLES = 256
+_tables: dict[tuple[str, int, int], FrameTable] = {}
 
 
 def open_decoder(
@@ -41,6 +43,30 @@ def open_decoder(
         raise UserError(f"backend={name!r} is not a choice.{nearest(name, ('auto', *BACKENDS))}")
     module = importlib.import_module(f".{name}_backend", __name__)
     return module.open_file(path, table, size=size, threads=threads, beat=beat)
+
+
+def open_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTable:
+    """The frames of a file; those of the files read last are known, as a data set opens the same ones again and again.
+
+    Raises VideoError, saying what is wrong.
+    """
+    reading = importlib.import_module(".av_backend", __name__)
+    state = path.stat()
+    key = (str(path.absolute()), state.st_size, state.st_mtime_ns)
+    table = _tables.get(key)
+    if table is None:
+        try:
+            table = reading.read_table(path, threads=threads, beat=beat)
+        except UserError:
+            raise
+        except Exception as error:  # PyAV's own, on damaged files
+            raise VideoError(
+                f"{path}: its frames cannot be listed ({one_line(error) or type(error).__name__})"
+            ) from None
+    while len(_tables) >= _MOST_TABLES:
+        _tables.pop(next(iter(_tables)), None)
+    _tables[key] = table
+    return table
 
 
 def package(name: str) -> object:

@@ -43,13 +43,12 @@ def read_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTa
         said, codec = stream.frames, stream.codec_context.name
         stated = _stated_seconds(container, stream)
         height, width = stream.codec_context.height, stream.codec_context.width
-        with contextlib.suppress(av.FFmpegError):  # cut off: what is before can be used
-            for packet in container.demux(stream):
-                beat()
-                if packet.is_discard or (codec == "vp8" and packet.size and _hidden(packet)):
-                    said -= 1
-                elif packet.size:
-                    packets.add(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe)
+        for packet in _packets(av, container, stream):
+            beat()
+            if packet.is_discard or (codec == "vp8" and packet.size and _hidden(packet)):
+                said -= 1
+            elif packet.size:
+                packets.add(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe)
     if not len(packets):
         cause = "cut off" if said > 0 else "empty"
         raise VideoError(f"{path} has a video stream ({codec}) without a frame in it, {_said(said, stated)}", cause)
@@ -126,7 +125,7 @@ class AvDecoder:
         self._container = None
 
     def _start(self) -> None:
-        self._packets = self._container.demux(self._stream)
+        self._packets = _packets(self._av, self._container, self._stream)
         self._waiting: deque[Any] = deque()
         self._before: tuple[int, Any] | None = None  # the last two frames that came out
         self._now: tuple[int, Any] | None = None
@@ -147,9 +146,8 @@ class AvDecoder:
         """Decode one packet. until_key: the first that is a key frame, which sets _from; those before are left out."""
         while True:
             self._beat()
-            try:
-                packet = next(self._packets)
-            except (StopIteration, self._av.FFmpegError):
+            packet = next(self._packets, None)
+            if packet is None:
                 self._ended = True
                 return
             if until_key and packet.size:
@@ -217,6 +215,22 @@ def _opened(av: Any, path: Path) -> Any:
         return av.open(str(path.absolute()), metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(f"{path} is not a video that can be read ({_reason(error)})", "not video") from None
+
+
+def _packets(av: Any, container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a stream, and at last an empty one, which makes a decoder give what it holds.
+
+    A file that is cut off ends there.
+    """
+    while True:
+        try:
+            yield from container.demux(stream)
+            return
+        except IndexError:  # PyAV knows no stream that comes up later in a file; behind its packet it goes on
+            continue
+        except av.FFmpegError:
+            yield av.Packet()
+            return
 
 
 def _video_stream(av: Any, container: Any, path: Path) -> Any:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ class DecordDecoder:
                 self._child.ask({"do": "close", "id": self._number})
         self._child = None
 
+    def __del__(self) -> None:
+        if getattr(self, "_child", None) is not None:
+            self._child.dropped.append(self._number)
+
     def kill(self) -> None:
         """End the process: it hangs."""
         if self._child is not None:
@@ -105,10 +110,12 @@ class _Child:
             stderr=subprocess.DEVNULL,
         )
         self._lock = threading.Lock()
+        self.dropped: deque[int] = deque()  # files whose readers are gone
         self.runs = True
 
     def ask(self, question: dict[str, Any]) -> tuple[dict[str, Any], bytearray]:
-        text = json.dumps(question).encode("utf-8", "surrogateescape")
+        drop = [self.dropped.popleft() for _ in range(len(self.dropped))]
+        text = json.dumps({**question, "drop": drop}).encode("utf-8", "surrogateescape")
         with self._lock:
             try:
                 given, answers = self._process.stdin, self._process.stdout

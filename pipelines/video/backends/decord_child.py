@@ -30,6 +30,8 @@ def main() -> None:
     given, answers = sys.stdin.buffer, sys.stdout.buffer
     readers: dict[int, Any] = {}
     while (job := receive(given)) is not None:
+        for number in job["drop"]:
+            readers.pop(number, None)
         try:
             if job["do"] == "open":
                 # With more threads decord 0.6 fails on VP9, and its frames are not the same ones each time on others.
@@ -37,6 +39,7 @@ def main() -> None:
                 readers[job["id"]] = reader
                 times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
                 send(answers, {"frames": len(reader)}, times.tobytes())
+                del reader
             elif job["do"] == "read":
                 frames = np.ascontiguousarray(readers[job["id"]].get_batch(job["numbers"]).asnumpy())
                 send(answers, {"shape": frames.shape}, memoryview(frames).cast("B"))
