@@ -75,7 +75,9 @@ class FrameVectors:
         missing = np.unique(rows[~self._known[rows]])
         if len(missing):
             label = f"frames of {Path(str(getattr(self.reader, 'name', 'video'))).name}"
-            with frame_bar(label, len(missing), self.batch_size, self.progress) as through:
+            # a search looks many times, at few frames: a single batch has no bar
+            shown = self.progress if len(missing) > self.batch_size else False
+            with frame_bar(label, len(missing), self.batch_size, shown) as through:
                 for batch, frames in self._batches(missing):
                     self._vectors[batch] = self.scorer.encode_frames(frames)
                     self._known[batch] = True
