@@ -268,6 +268,18 @@ def test_an_image_finds_its_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Image.fromarray(frames[2]).save(tmp_path / "query.png")
     scores = scorer.encode_frames(frames) @ scorer.encode_query(tmp_path / "query.png")
     assert scores.argmax() == 2 and scores[2] == pytest.approx(1, abs=1e-5) and scores.min() < 0.99
+    # from the encoder's vector of a grey frame, or as they are
+    with_grey = np.concatenate([frames, np.full_like(frames[:1], 127)])
+    vectors = load_image_encoder("test_resnet", "random")
+    vectors.net.load_state_dict(scorer.encoder.net.state_dict())
+    raw = vectors(torch.from_numpy(with_grey)).numpy()
+    away = raw[:-1] - raw[-1]
+    expected = away / np.linalg.norm(away, axis=1, keepdims=True)
+    np.testing.assert_allclose(scorer.encode_frames(frames), expected, rtol=0, atol=1e-4)
+    plain_scorer = ExampleScorer(encoder="test_resnet", weights="random", center=False, device="cpu")
+    plain_scorer.encoder = scorer.encoder
+    own = raw[:-1] / np.linalg.norm(raw[:-1], axis=1, keepdims=True)
+    np.testing.assert_allclose(plain_scorer.encode_frames(frames), own, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match=r"no such file: .*gone.png"):
         scorer.encode_query(tmp_path / "gone.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n0000")

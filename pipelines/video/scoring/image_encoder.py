@@ -186,6 +186,7 @@ def unit(vectors: Tensor) -> np.ndarray:
 def _load(net: nn.Module, path: Path, name: str, *, by_order: bool) -> None:
     if not path.is_file():
         raise UserError(f"no weights at {path}: a file, hub or random is expected")
+    state: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
