@@ -48,11 +48,12 @@ def test_the_kept_are_the_largest_in_their_order():
     places, real = top_in_order(scores, mask, 0.5)
     assert places[0].tolist() == [2, 3, 4] and real.tolist() == [[True, True, True], [True, False, False]]
     assert places[1, 0] == 0
-    assert top_in_order(torch.zeros(1, 10), None, 0.7)[0].shape == (1, 7)  # 0.7 * 10 is a little more than 7
+    assert top_in_order(torch.zeros(1, 20), None, 0.55)[0].shape == (1, 11)  # 0.55 * 20 is a little more than 11
 
 
 def test_the_stages_read_the_gathered_tokens():
     model = small(keep_ratio=0.4).eval()
+    torch.nn.init.normal_(model.stages[0].mixer.d)  # the copy is not what it was copied from
     x = torch.randn(2, 10, 16, dtype=torch.float64)
     kept = model.select(x)
     assert kept.x.shape == (2, 4, 16) and (kept.places.diff() > 0).all()
@@ -78,6 +79,12 @@ def test_pads_and_other_rows_change_nothing():
     y = model(x.masked_fill(~mask.unsqueeze(-1), float("nan")), mask).y
     for row, n in enumerate(lengths):
         torch.testing.assert_close(y[row], model(x[row : row + 1, :n]).y[0], atol=1e-12, rtol=0)
+
+
+def test_the_generator_reads_a_token_and_the_mean_of_the_real_ones():
+    generator = small(keep_ratio=0.5).mask_generator
+    f, mask = torch.randn(1, 7, 16, dtype=torch.float64), torch.arange(7).unsqueeze(0) < 4
+    torch.testing.assert_close(generator(f, mask)[:, :4], generator(f[:, :4]), atol=1e-12, rtol=0)
 
 
 def test_the_gradient_reaches_the_generator_straight_through_only():
@@ -107,6 +114,12 @@ def test_the_gradient_reaches_the_generator_straight_through_only():
     (p * (kept.x.detach() * weight).sum(-1)).sum().backward()
     for key, grad in generator.items():
         torch.testing.assert_close(grad, dict(model.named_parameters())[key].grad, atol=1e-12, rtol=1e-9)
+    # nor do the tokens get any but their own: the copy that chooses hands none on
+    given = x.clone().requires_grad_()
+    torch.manual_seed(2)
+    (model.select(given).x * weight).sum().backward()
+    own = torch.zeros_like(x).scatter_(1, kept.places.unsqueeze(-1).expand(-1, -1, 16), weight)
+    torch.testing.assert_close(given.grad, own, atol=1e-12, rtol=0)
     # without the values of the tokens there is nothing to learn from
     _, cut = grads(lambda y: y.detach() + 0 * y)
     assert not any(g.any() for k, g in cut.items() if k in generator)

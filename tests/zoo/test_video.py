@@ -238,6 +238,14 @@ def test_the_query_decides():
     model = small("grounder", query_dim=6)
     x, query = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     assert not torch.allclose(model(x, query).y, model(x, query.flip(0)).y)
+    # the formula, frame by frame
+    tokens, q = model.encoder.embed(x).x, model.query_proj(query)
+    fused = torch.stack(
+        [torch.stack([model.fuse(torch.cat((t, q[b], t * q[b]))) for t in tokens[b]]) for b in range(2)]
+    )
+    y = model.encoder.backbone(fused).y
+    logits = torch.stack([torch.stack([model.head(torch.cat((v, v * q[b]))) for v in y[b]]) for b in range(2)])
+    torch.testing.assert_close(torch.cat((model(x, query).y.unsqueeze(-1), model(x, query).boundaries), -1), logits)
     # of one space: the cosine enters with its own weight, which starts at zero
     base = model(x, query)
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Videos in classes: fit, validate, test, predict."""
