@@ -106,7 +106,8 @@ def _check_head(file: BinaryIO, name: str) -> None:
 def _check_boxes(file: BinaryIO, name: str) -> None:
     """Of an MP4 or MOV file: without the box moov or moof nothing in it can be found."""
     length = file.seek(0, 2)
-    place, kinds = 0, []
+    place = 0
+    kinds: list[bytes] = []
     while place + 8 <= length and len(kinds) < 1000:
         file.seek(place)
         head = file.read(16)

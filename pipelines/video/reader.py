@@ -80,6 +80,12 @@ class VideoReader:
     Raises VideoError, naming file and cause, when the file turns out to be unusable, UserError for a wrong argument.
     """
 
+    _table: FrameTable | None
+    _times: np.ndarray | None
+    _decoder: Decoder | None
+    _tried: dict[str, Exception]  # backends that failed, and why
+    _watch: Watched
+
     def __init__(
         self,
         path: str | Path,
@@ -108,8 +114,8 @@ class VideoReader:
         self.asked_backend = backend
         self.asked_size = None if size is None else (int(size[0]), int(size[1]))
         self.short_side, self.timeout = short_side, float(timeout)
-        self._forget()
         self._key: str | None = None
+        self._forget()
         remember(self)
 
     # what it is -------------------------------------------------------------------------------------------------------
@@ -253,11 +259,8 @@ class VideoReader:
         return f"VideoReader({self.name!r}, backend={self.asked_backend!r}, size={size})"
 
     def _forget(self) -> None:
-        self._table: FrameTable | None = None
-        self._times: np.ndarray | None = None
-        self._decoder: Decoder | None = None
-        self._backend = ""
-        self._tried: dict[str, Exception] = {}  # backends that failed, and why
+        self._table = self._times = self._decoder = None
+        self._backend, self._tried = "", {}
         self._watch = Watched(self.name, self.timeout)
 
     def leave_to_parent(self) -> object:

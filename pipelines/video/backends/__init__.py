@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def open_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTa
     return table
 
 
-def package(name: str) -> object:
+def package(name: str) -> Any:
     """The module of that name. Raises UserError with the command that installs it."""
     try:
         return importlib.import_module(name)

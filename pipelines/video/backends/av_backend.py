@@ -77,6 +77,8 @@ class AvDecoder:
         self._turns = -table.rotation // 90 % 4
         self._scaler = self._av.video.reformatter.VideoReformatter()
         self._container: Any = None
+        self._before: tuple[int, Any] | None = None  # the last two frames that came out, with their numbers
+        self._now: tuple[int, Any] | None = None
         self._open()
 
     def frames(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
@@ -127,9 +129,8 @@ class AvDecoder:
     def _start(self) -> None:
         self._packets = _packets(self._av, self._container, self._stream)
         self._waiting: deque[Any] = deque()
-        self._before: tuple[int, Any] | None = None  # the last two frames that came out
-        self._now: tuple[int, Any] | None = None
-        self._at, self._count, self._ended = -1, 0, False
+        self._before = self._now = None
+        self._count, self._ended = 0, False
 
     def _seek(self, key: int) -> bool:
         """Whether it came to stand at a key frame; _from is the frame from which on what comes out is whole."""

@@ -77,8 +77,9 @@ class DecordDecoder:
         self._child = None
 
     def __del__(self) -> None:
-        if getattr(self, "_child", None) is not None:
-            self._child.dropped.append(self._number)
+        child: _Child | None = getattr(self, "_child", None)
+        if child is not None:
+            child.dropped.append(self._number)
 
     def kill(self) -> None:
         """End the process: it hangs."""

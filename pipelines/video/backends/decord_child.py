@@ -42,7 +42,7 @@ def main() -> None:
                 del reader
             elif job["do"] == "read":
                 frames = np.ascontiguousarray(readers[job["id"]].get_batch(job["numbers"]).asnumpy())
-                send(answers, {"shape": frames.shape}, memoryview(frames).cast("B"))
+                send(answers, {"shape": frames.shape}, frames.data.cast("B"))
             else:
                 readers.pop(job["id"], None)
                 send(answers, {})
