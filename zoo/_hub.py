@@ -167,6 +167,7 @@ def push_to_hub(
 def _library() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
         raise ImportError("models of the hub need huggingface_hub: pip install 'seqzoo[hub]'") from error
