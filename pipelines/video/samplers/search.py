@@ -48,9 +48,9 @@ def sample_time_search(
     *,
     seed: int = 0,
     max_scored: int | float = 0.25,
-    coarse: float = 0.75,
+    coarse: float = 0.9,
     frames: int = 32,
-    reflect_frames: int = 16,
+    reflect_frames: int = 4,
     spot: float = 2.0,
     sure: float = 3.0,
     tau: float = 0.5,
@@ -67,13 +67,13 @@ def sample_time_search(
     looked-at frame before it to the one after it, the highest first, as many as can still be looked at; in a closer
     look a run of at least half of its highest z. Reflect: of the frames in a sub-window the highest z, as confidence
     z / (z + sure), so that tau = 0.5 asks for z = sure.
-    The budget: the `num_windows` surest spots that do not overlap (None: half of the budget, at least 4) get frames in
+    The budget: the `num_windows` surest spots that do not overlap (None: as many as the budget) get frames in
     proportion to confidence x seconds, one each first; in a spot its highest frame, then the highest of equal parts.
     What is left over, all of it where nothing stands out, covers the video: of equal parts the highest frame that was
     looked at, else the middle one. So min(budget, N) frames are returned always.
 
     An event that is shorter than the step of the first look may lie between its frames: with N frames the step is
-    1 / (coarse * max_scored) of them, 5.3 in the standard setting, so 2.7 s at 2 fps.
+    1 / (coarse * max_scored) of them, 4.4 in the standard setting, so 2.2 s at 2 fps.
 
     times: seconds (N,). scores: (N,) or a function of indices. Features are not looked at. max_scored: a whole number
     of frames, or a share of them, in (0, 1], which is at least LEAST_SCORED times the budget. frames: of a look after
@@ -109,7 +109,7 @@ def sample_time_search(
         max_depth=max_depth,
         min_seconds=2 * step if min_seconds is None else min_seconds,
     )
-    windows = best_evidence(trace.evidence, num_windows or max(budget // 2, 4))
+    windows = best_evidence(trace.evidence, num_windows or budget)
     return sample(view.choose(windows, min(budget, number)), known.asked, trace)
 
 
@@ -162,7 +162,8 @@ class _View:
         left, kept = self.most - self.scores.asked, []
         for _, span in found:
             first, stop = self.range(Window(*span))
-            left -= min(self.reflect_frames, stop - first)
+            unknown = int(np.isnan(self.scores.known(np.arange(first, stop))).sum())
+            left -= min(unknown, max(self.reflect_frames - (stop - first - unknown), 0))
             if kept and left < 0:
                 break
             kept.append(span)
