@@ -494,6 +494,25 @@ except VideoError as error:
     assert (done.returncode, done.stdout) == (0, "hangs\n"), done.stderr
 
 
+def test_process_ends_with_open_readers(tmp_path: Path) -> None:
+    """Quietly, and the process of decord with it."""
+    path = write_video(tmp_path / "a.mp4", 30)
+    code = f"""
+from seqzoo.pipelines.video.backends import decord_backend
+from seqzoo.pipelines.video.reader import open_video
+readers = [open_video({str(path)!r}, backend=name) for name in ("auto", "av")]
+for reader in readers:
+    reader.read([1])
+print(decord_backend._child._process.pid if decord_backend._child else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr
+    child = int(done.stdout)
+    if child:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
 def child_of(reader: Any) -> int:
     return reader._decoder._child._process.pid
 

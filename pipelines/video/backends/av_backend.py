@@ -223,13 +223,14 @@ def _packets(av: Any, container: Any, stream: Any) -> Iterator[Any]:
 
     A file that is cut off ends there.
     """
+    failure = av.FFmpegError  # as the process ends, the module is emptied before this generator is closed
     while True:
         try:
             yield from container.demux(stream)
             return
         except IndexError:  # PyAV knows no stream that comes up later in a file; behind its packet it goes on
             continue
-        except av.FFmpegError:
+        except failure:
             yield av.Packet()
             return
 
