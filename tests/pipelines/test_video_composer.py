@@ -130,6 +130,8 @@ def test_segments_are_read_like_one_file(videos: dict[str, Path]) -> None:
     again = pickle.loads(pickle.dumps(video))
     assert again.key == video.key and numbers(again.read(wanted[:3])) == [expected[index] for index in wanted[:3]]
     assert VirtualVideo(segments[::-1]).key != video.key
+    moved = [Segment(readers[0], first, 5) for first in (0, 1)]
+    assert VirtualVideo(moved[:1]).key != VirtualVideo(moved[1:]).key
 
 
 def test_flipped_frames_are_other_pictures(videos: dict[str, Path]) -> None:
@@ -316,6 +318,8 @@ def written(videos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
                 rows = list(csv.DictReader(file))
             assert {row["path"] for row in rows} == {f"fps_{fps}.mp4"}
             if fps is None:
+                with open_video(root / "fps_None.mp4") as reader:
+                    np.testing.assert_allclose(reader.times, video.times, rtol=0, atol=1e-4)
                 assert [(float(r["start"]), float(r["end"]), r["label"]) for r in rows] == video.truth()
         return made[fps]
 

