@@ -255,10 +255,25 @@ def test_scorers_and_their_options_are_checked(tmp_path: Path, monkeypatch: pyte
         predict(None, None, config(video, "red", **options), tmp_path / "run")
 
 
-def test_a_single_file_that_is_no_video_is_an_error(tmp_path: Path):
+def test_a_single_file_that_is_no_video_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "text.mp4").write_text("a text\n")
-    with pytest.raises(VideoError, match=r"text.mp4"):
+    monkeypatch.setattr(module, "_scorer", None)  # before any weights are loaded
+    with pytest.raises(VideoError, match=r"text.mp4 is a text file"):
         predict(None, None, config(tmp_path / "text.mp4", "red"), tmp_path / "run")
+
+
+def test_an_example_is_named_by_its_file(tmp_path: Path):
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    assert module._named(f"{tmp_path}/clip.mp4#t=3,5") == "clip.mp4#t=3,5"
+    assert module._named("a red/blue car") == "a red/blue car"
+    used: set[str] = set()
+    names = ["a red/blue car", "a red blue car", "A red blue car!", "???"]
+    assert [module._slug(name, used) for name in names] == [
+        "a_red_blue_car",
+        "a_red_blue_car_2",
+        "A_red_blue_car_3",
+        "query",
+    ]
 
 
 # spans ----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ...atomic import atomic_write_text
 from ...classification import check_output
 from ...errors import UserError, check_whole
 from ...results import plain_values, print_table, write_csv
-from ..faults import VideoError
+from ..faults import VideoError, check_file
 from ..pictures import clock, plot_search, plot_sheet
 from ..samplers import create_sampler
 from ..scoring.scorer import FrameScorer, create_scorer, scorer_options
@@ -39,6 +39,8 @@ def predict(cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     task, data = dict(cfg["task"]), SearchData(**cfg["data"])
     output = check_output(cfg.get("output") or run_dir / "spans.csv")
     jobs = data.jobs(cfg.get("query"))
+    if len(jobs) == 1:
+        check_file(next(iter(jobs)))
     sampler = create_sampler(task["sampler"], **_options(task, "sampler_options"))
     check_spans(task.get("spans"))
     check_whole("task.budget", task["budget"], 1)
@@ -174,7 +176,7 @@ def _draw(search: Search, file: Path, files: Sequence[Path], data: SearchData, r
     plot_search(
         search.times,
         np.stack([found.scores for found in search.found]),
-        [found.query for found in search.found],
+        [_named(found.query) for found in search.found],
         [found.spans for found in search.found],
         [found.chosen for found in search.found],
         run_dir / f"{name}.png",
@@ -199,14 +201,14 @@ def _draw(search: Search, file: Path, files: Sequence[Path], data: SearchData, r
 def _heading(found: Found, file: Path) -> str:
     best = found.spans[0] if found.spans else None
     where = f"best from {clock(best.start)} to {clock(best.end)}" if best else "nothing stands out"
-    return f"{found.query} in {file.name}: {where}, {len(found.chosen)} frames chosen"
+    return f"{_named(found.query)} in {file.name}: {where}, {len(found.chosen)} frames chosen"
 
 
 def _say(rows: Sequence[Mapping[str, Any]], jobs: Mapping[Path, Sequence[str]], output: Path) -> None:
     shown = [
         {
             "video": Path(row["video"]).name,
-            "query": row["query"],
+            "query": _named(row["query"]),
             "from": clock(row["start"]),
             "to": clock(row["end"]),
             "score": row["score"],
@@ -218,7 +220,7 @@ def _say(rows: Sequence[Mapping[str, Any]], jobs: Mapping[Path, Sequence[str]], 
         print_table(shown, title=f"found, the best first{more}")
     there = {(row["video"], row["query"]) for row in rows}
     nothing = [
-        f"{query!r} in {file.name}"
+        f"{_named(query)!r} in {file.name}"
         for file, queries in jobs.items()
         for query in queries
         if (str(file), query) not in there
@@ -227,6 +229,11 @@ def _say(rows: Sequence[Mapping[str, Any]], jobs: Mapping[Path, Sequence[str]], 
         several = f" and {len(nothing) - 5:,} more" if len(nothing) > 5 else ""
         print(f"nothing stands out for {', '.join(nothing[:5])}{several}", flush=True)
     print(f"{len(rows):,} span(s); table {output}", flush=True)
+
+
+def _named(query: str) -> str:
+    """A query as it is shown: of an example's path the file."""
+    return Path(query).name if Path(query.partition("#t=")[0]).is_file() else query
 
 
 def _rounded(values: Mapping[str, float], digits: int) -> dict[str, float]:
@@ -241,7 +248,7 @@ def _unique(file: Path, files: Sequence[Path]) -> str:
 
 def _slug(query: str, used: set[str]) -> str:
     """A query as a part of a file's name, another one for each."""
-    base = re.sub(r"[^\w]+", "_", Path(query).name if "/" in query else query).strip("_")[:40] or "query"
+    base = re.sub(r"[^\w]+", "_", _named(query)).strip("_")[:40] or "query"
     slug, number = base, 2
     while slug.lower() in used:
         slug, number = f"{base}_{number}", number + 1
