@@ -1,7 +1,7 @@
 """Fill the tables of README.md from the registries and from benchmarks/results/*.json.
 
-    python docs/tables.py            rewrite README.md
-    python docs/tables.py --check    exit 1, naming the tables, when README.md is not what this would write
+    python docs/tables.py            rewrite README.md and model_cards/*.md, the cards of the weights that ship
+    python docs/tables.py --check    exit 1, naming the tables and cards that are not what this would write
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; what is between them is replaced.
 """
@@ -211,12 +211,15 @@ def stale(text: str) -> list[str]:
 
 
 def main() -> int:
+    from seqzoo.zoo._cards import stale_cards, write_cards
+
     text = README.read_text(encoding="utf-8")
     if "--check" in sys.argv[1:]:
-        names = stale(text)
-        print(f"README.md is behind in {', '.join(names)}: make docs" if names else "README.md is up to date")
+        names = [*stale(text), *stale_cards(ROOT / "model_cards")]
+        print(f"behind are {', '.join(names)}: make docs" if names else "README.md and the cards are up to date")
         return 1 if names else 0
     README.write_text(filled(text), encoding="utf-8")
+    write_cards(ROOT / "model_cards")
     return 0
 
 

@@ -57,6 +57,10 @@ def _dispatch(arguments: list[str]) -> int:
         from .convert_command import main as convert_checkpoint
 
         return convert_checkpoint(rest)
+    if word == "ship":
+        from .ship import main as ship_run
+
+        return ship_run(rest)
     if word == "lra":
         from .documents.lra_command import main as print_arena
 

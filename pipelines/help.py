@@ -21,6 +21,7 @@ LISTINGS = {
     "doctor": "versions, usable kernels and decoders, extras, who owns the command (--json)",
 }
 TOOLS = {
+    "ship": "make the model of a run folder part of the package: weights, record, card: RUN MODEL.TAG license=...",
     "convert": "a public checkpoint of transformers or timm into a folder that load_model reads: SOURCE TARGET",
     "tokenizer": "train a byte-level BPE on text files: path=books/ output=bpe.json vocab_size=4096",
     "lra": "our runs on Long Range Arena with their settings, and the published table below: runs=runs",

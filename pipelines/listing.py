@@ -45,7 +45,7 @@ def mixer_rows() -> list[dict[str, Any]]:
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """One row per registered model: name, task, paper, summary, options with defaults."""
+    """One row per registered model: name, task, tags of its weights, paper, summary, options with defaults."""
     from ..zoo import list_models, model_info
 
     # What the data decide is not for the user to choose.
@@ -62,6 +62,7 @@ def model_rows() -> list[dict[str, Any]]:
                 "task": info.task,
                 "paper": info.paper,
                 "mixer": "any" if "mixer" in info.options else "its own",
+                "pretrained": info.tags,
                 "summary": info.summary,
                 "options": _options(options),
             }
