@@ -126,7 +126,7 @@ def plot_sheet(
 
 def clock(seconds: float, *, whole: bool = False) -> str:
     """A time as people write it: "3.2 s", "1:03.2", "1:01:03.2"; whole: "0:03", "1:03", "1:01:03"."""
-    tenths = 10 * math.floor(seconds + 0.05) if whole else round(seconds * 10)
+    tenths = round(seconds * 10)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
     small = f"{rest // 10:02d}" if whole else f"{rest // 10:02d}.{rest % 10}"
