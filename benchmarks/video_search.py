@@ -35,6 +35,18 @@ SETTINGS = ("minutes", "queries", "fps", "seed", "tiny")
 TINY = {"minutes": 1.0, "queries": 5}
 
 
+READING = """## What this says and what not
+
+The haystack is made of about twenty clips, so that a picture comes two or three times in a video; `dpp` takes none
+twice, which helps it here more than it would in a film. Pieces follow each other at random: what is near an event says
+nothing about it, so looking closer where scores rise gains nothing in recall, and an event between two frames of the
+first look of `time_search` stays unseen. With equally many frames scored, `tass` and `dpp` on a thinned video find as
+many events or more. `time_search` gives its frames to the surest windows: fewer events at large budgets than with
+`tass`, and about twice its mIoU, as a frame in a wrong place costs a span. "Cars in a street" and "a man in a suit" are
+no classes of ImageNet, and other street scenes and people score higher than the events: no sampler mends that. Uniform
+sampling finds so few events that the ratio to it is a rough one."""
+
+
 class Case(NamedTuple):
     """A video and a query. times, scores, features: of its candidate frames. events: (start, end)."""
 
@@ -270,6 +282,17 @@ def table(cells: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
+def ratios(cells: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """How many times the events of uniform sampling each sampler finds with AT frames."""
+    own = {cell["sampler"]: cell for cell in cells if cell["kind"] == kind and cell["budget"] == AT}
+    number = own["uniform"]["events"]
+    found = [f"uniform sampling finds {own['uniform']['found']} of {number} events"]
+    for name in SAMPLERS[1:]:
+        times = own[name]["found"] / max(own["uniform"]["found"], 1)
+        found.append(f"{name} {own[name]['found']} ({times:.1f} times as many)")
+    return found
+
+
 def cost_table(costs: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     """A line for each sampler: recall at AT frames by the share of the frames that are scored."""
     lines: dict[str, dict[str, Any]] = {}
@@ -328,7 +351,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 [c["scored"] for c in own], [c["recall"] for c in own], color=colours[name], marker=markers[name], ms=4
             )
         panel.set_xscale("log", base=2)
-        ticks = [own[0]["scored"], own[2]["scored"], own[4]["scored"], own[-1]["scored"]]
+        ticks = [c["scored"] for c in record["costs"] if c["kind"] == kind and c["sampler"] == "tass"][1::2]
         panel.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
         panel.set_xlabel("frames scored")
         panel.set_title(f"events of {kind}, {AT} frames chosen", fontweight="bold")
@@ -350,6 +373,7 @@ def page(record: dict[str, Any], command: str) -> str:
         parts += [
             f"## Events: {name}",
             markdown(table(record["cells"], kind)),
+            f"With {AT} frames: " + ", ".join(ratios(record["cells"], kind)) + ".",
             "Recall: the share of the events with a chosen frame in them, ± the standard error over videos. mIoU: over "
             "queries, of the union of the spans. The last line chooses with the truth: some events lie between frames, "
             "and spans of frames are not exact.",
@@ -360,7 +384,7 @@ def page(record: dict[str, Any], command: str) -> str:
             markdown(label_table(record["cells"], kind)),
             "The haystack: " + "; ".join(f"{key}: {value}" for key, value in facts.items()) + ".",
         ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, READING]) + "\n"
 
 
 def main() -> None:
