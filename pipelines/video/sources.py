@@ -88,7 +88,8 @@ def charades_clips(path: str | Path, videos: str | Path, *, missing: str = "erro
     sentence, a missing video.
     """
     file = _file(path)
-    ids, split, found = _Ids(videos, missing), _split_of(file), []
+    ids, split = _Ids(videos, missing), _split_of(file)
+    found: list[VideoClip] = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         where = f"{file}, line {number}"
         if not line.strip():
@@ -115,7 +116,8 @@ def activitynet_clips(path: str | Path, videos: str | Path, *, missing: str = "e
         raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(records, dict):
         raise UserError(f"{file} holds a {type(records).__name__}, expected an object of videos by id")
-    ids, split, found = _Ids(videos, missing), _split_of(file), []
+    ids, split = _Ids(videos, missing), _split_of(file)
+    found: list[VideoClip] = []
     for key, record in records.items():
         where = f"{file}, {key}"
         spans, texts = (_field(record, name, list, where) for name in ("timestamps", "sentences"))
@@ -140,7 +142,8 @@ def lvbench_clips(path: str | Path, videos: str | Path, *, missing: str = "error
     question without one is left out. Raises UserError naming file and line.
     """
     file = _file(path)
-    ids, found = _Ids(videos, missing), []
+    ids = _Ids(videos, missing)
+    found: list[VideoClip] = []
     for number, record in table_rows(file):
         where = f"{file}, line {number}"
         key = _field(record, "key", str, where)

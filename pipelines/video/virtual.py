@@ -271,7 +271,7 @@ def _encode(path: Path, suffix: str, video: VirtualVideo, indices: np.ndarray, t
     with av.open(str(path), "w", format=container_format, options=options) as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         rate = Fraction(video.info.fps).limit_denominator(1001)
-        stream = container.add_stream(codec, rate=rate, options={"crf": str(crf), "preset": "veryfast"})
+        stream: Any = container.add_stream(codec, rate=rate, options={"crf": str(crf), "preset": "veryfast"})
         stream.width, stream.height = width, height
         # colours at half the size need an even one
         stream.pix_fmt = "yuv444p" if codec == "libx264" and (height % 2 or width % 2) else "yuv420p"

@@ -12,7 +12,6 @@ from .scores import GroundingSums
 from .videos import GroundingVideo
 
 Queries = Mapping[str, np.ndarray]
-Queries = Mapping[str, np.ndarray]
 # Of the scorer's cosine: which part of the way from the median to the highest starts a span, which one keeps it going.
 LEVELS = tuple((high, low) for high in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8) for low in (0.2, 0.4, 0.6) if low <= high)
 

@@ -272,7 +272,8 @@ def refine(spans: Sequence[Span], times: np.ndarray, edges: np.ndarray, duration
     """
     if not seconds:
         return list(spans)
-    cells, found = frame_cells(times, start=0.0, end=duration), []
+    cells = frame_cells(times, start=0.0, end=duration)
+    found: list[Span] = []
     for span in spans:
         moved = []
         for side, place in enumerate((span.start, span.end)):
