@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
 from ..errors import UserError, check_whole, nearest, one_line
@@ -76,7 +76,7 @@ class VideoReader:
 
     The file is opened in each process anew; a copy that is sent to a worker is closed and holds path and settings.
     Colours: by the matrix and range that the file states, else BT.601 and limited range. Scaling is bilinear, with a
-    kernel as wide as the reduction. Decoding uses as many threads as torch does (`torch.set_num_threads`).
+    kernel as wide as the reduction. Decoding uses as many threads as torch (`torch.set_num_threads`).
     Raises VideoError, naming file and cause, when the file turns out to be unusable, UserError for a wrong argument.
     """
 
@@ -276,7 +276,7 @@ class VideoReader:
 
     def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call the function in the watched thread; with "auto", again when the decoder that it used hangs."""
-        self._threads = torch.get_num_threads()  # that this thread has, which need not be those of the other
+        self._threads = _threads()  # of this thread, which need not be those of the watched one
         while True:
             try:
                 return self._watch.call(function, *arguments)
@@ -391,6 +391,14 @@ class VideoReader:
         if len(outside):
             raise UserError(f"{self.name} has frames 0 to {len(self) - 1:,}, not {outside[0]}")
         return wanted
+
+
+def _threads() -> int:
+    """As many as torch uses, which need not be there."""
+    if (torch := sys.modules.get("torch")) is not None:
+        return int(torch.get_num_threads())
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else os.cpu_count() or 1
 
 
 def _check_side(name: str, value: object) -> None:
