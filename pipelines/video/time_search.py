@@ -125,12 +125,12 @@ def search_time(
             break
         found = merge_windows(locate(spot.window, seen), spot.window, min_seconds=min_seconds, iou=merge_iou)
         used, spotted = [seen], []
-        for inner in found:
-            close = budget.take(inner, reflect_frames)
+        for part in found:
+            close = budget.take(part, reflect_frames)
             if close is None:
                 break
             used.append(close)
-            spotted.append(Spot(inner, _confidence(reflect(inner, close), inner), spot.depth + 1))
+            spotted.append(Spot(part, _confidence(reflect(part, close), part), spot.depth + 1))
         evidence += [inner for inner in spotted if inner.confidence >= tau]
         pushed = [inner for inner in spotted if inner.window.seconds > min_seconds and inner.depth < max_depth]
         if not found and spot.depth < max_depth and spot.window.seconds / parts >= min_seconds:

@@ -47,7 +47,7 @@ class Sampler(Protocol):
     ) -> Sample: ...
 
 
-SAMPLERS = {
+SAMPLERS: dict[str, Sampler] = {
     "uniform": sample_uniform,
     "fps": sample_fps,
     "top_k": sample_top_k,
@@ -81,7 +81,7 @@ def create_sampler(name: str, **options: Any) -> Sampler:
         if key not in known:
             hint = nearest(key, known) if known else " It has none."
             raise UserError(f"the sampler {name!r} has no option {key!r}.{hint}")
-    sampler = functools.partial(SAMPLERS[name], **options)
+    sampler: Sampler = functools.partial(SAMPLERS[name], **options)
     # wrong values are said now, not when a video has been scored
     sampler(np.arange(2.0), np.arange(2.0), np.eye(2), 1)
     return sampler

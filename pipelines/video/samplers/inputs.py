@@ -34,11 +34,13 @@ class Scores:
     Raises UserError for another number of scores and for ones that are not finite.
     """
 
-    def __init__(self, values: Values, number: int) -> None:
-        self._compute = values if callable(values) else None
+    def __init__(self, values: np.ndarray | Callable[[np.ndarray], np.ndarray], number: int) -> None:
+        if callable(values):
+            self._compute = values
+        else:
+            self._compute = _checked(values, number, "scores").__getitem__
         self._known = np.full(number, np.nan)
         self._asked = np.zeros(number, dtype=bool)
-        self._given = None if callable(values) or values is None else _checked(values, number, "scores")
 
     @property
     def asked(self) -> int:
@@ -50,8 +52,7 @@ class Scores:
         indices = np.asarray(indices, dtype=np.int64)
         new = np.unique(indices[~self._asked[indices]])
         if len(new):
-            found = self._given[new] if self._compute is None else _checked(self._compute(new), len(new), "scores")
-            self._known[new] = found
+            self._known[new] = _checked(self._compute(new), len(new), "scores")
             self._asked[new] = True
         return self._known[indices]
 

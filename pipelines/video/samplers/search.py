@@ -159,7 +159,8 @@ class _View:
             end = self.times[frames[stop]] if stop < len(frames) else window.end
             found.append((float(high[first:stop].max()), (float(start), float(end))))
         found.sort(key=lambda pair: (-pair[0], pair[1]))
-        left, kept = self.most - self.scores.asked, []
+        left = self.most - self.scores.asked
+        kept: list[tuple[float, float]] = []
         for _, span in found:
             first, stop = self.range(Window(*span))
             unknown = int(np.isnan(self.scores.known(np.arange(first, stop))).sum())
