@@ -192,12 +192,13 @@ class AvDecoder:
             key = self._table.key_before(number)
             if not self._table.counted and key >= 0 and self._table.key_frames[key] > self._now[0] + _SKIP:
                 self.go(number)
-        while self._now is None or self._now[0] < number:
-            found = self._next()
-            if found is None:
-                break
-            if found[0] >= 0 and (self._now is None or found[0] > self._now[0]):
-                self._before, self._now = self._now, found
+        self._advance(number)
+        place, step = self._table.key_before(number), 1
+        # None came out between the key frame and this one: the frame before is from an earlier key frame.
+        while (self._now is None or self._now[0] > number) and self._before is None and place > 0:
+            place, step = max(0, place - step), 2 * step
+            self.go(int(self._table.key_frames[place]))
+            self._advance(number)
         if self._now is not None and self._now[0] == number:
             return self._now[1]
         shown = self._now if self._now is not None and self._now[0] < number else self._before or self._now
@@ -205,6 +206,15 @@ class AvDecoder:
             raise VideoError(f"{self._path}: frame {number} cannot be decoded, nor one near it", "cut off")
         say_once(str(self._path), "frames in it that cannot be decoded are replaced with the one shown before")
         return shown[1]
+
+    def _advance(self, number: int) -> None:
+        """Decode until a frame comes out that is not before this one."""
+        while self._now is None or self._now[0] < number:
+            found = self._next()
+            if found is None:
+                break
+            if found[0] >= 0 and (self._now is None or found[0] > self._now[0]):
+                self._before, self._now = self._now, found
 
     def _pixels(self, frame: Any) -> np.ndarray:
         scaled = self._scaler.reformat(frame, self._width, self._height, "rgb24", interpolation="BILINEAR")
