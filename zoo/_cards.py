@@ -48,12 +48,12 @@ def model_card(config: Mapping[str, Any], where: str, *, shipped: bool = False) 
 
     config: its config.json. where: what `load_model` takes, a folder or "org/name"; shipped: it is weights that ship.
     """
-    from ._registry import model_info
+    from ._registry import mixer_names, model_info
 
     record = weights_of_config(config, where)
     info = model_info(config["name"])
     title = record.name if record is not None else config["name"]
-    options = {**info.options, **config["options"]}
+    mixers = mixer_names(config["options"].get("mixer")) or list(info.mixers)
     rows = [f"# {title}", f"{info.summary} {info.cls.__name__}, {_link(info.paper)}."]
     if record is not None and record.purpose:
         rows += ["## What it is for", record.purpose]
@@ -70,11 +70,11 @@ def model_card(config: Mapping[str, Any], where: str, *, shipped: bool = False) 
         "weights": f"{WEIGHTS}, {config.get('dtype', 'float32')}, sha256 `{config['sha256']}`",
         "input": _words(takes),
         "preprocessing": ", ".join(f"`{key}`" for key in config["preprocessing"]),
-        "mixer": json.dumps(options.get("mixer")) if options.get("mixer") is not None else ", ".join(info.mixers),
+        "mixer": " + ".join(mixers),
         "files": ", ".join(f"`{name}`" for name in config.get("files", {})),
     }
     rows += ["## Facts", "\n".join(f"- {key}: {value}" for key, value in facts.items() if value)]
-    return f"---\n{_front_matter(record, info)}---\n\n" + "\n\n".join(rows) + "\n"
+    return f"---\n{_front_matter(record, info, mixers)}---\n\n" + "\n\n".join(rows) + "\n"
 
 
 def usage(config: Mapping[str, Any], where: str, *, shipped: bool = False) -> str:
@@ -103,7 +103,7 @@ def usage(config: Mapping[str, Any], where: str, *, shipped: bool = False) -> st
     return "\n".join(["import seqzoo", "", load, *lines])
 
 
-def _front_matter(record: Weights | None, info: Any) -> str:
+def _front_matter(record: Weights | None, info: Any, mixers: Sequence[str]) -> str:
     """YAML; strings as JSON writes them, which YAML reads."""
     metrics = {} if record is None else record.metrics
     fields: list[str] = ["library_name: seqzoo"]
@@ -111,7 +111,7 @@ def _front_matter(record: Weights | None, info: Any) -> str:
         fields.append(f"license: {json.dumps(record.license)}")
     if info.task in _PIPELINE_TAGS:
         fields.append(f"pipeline_tag: {_PIPELINE_TAGS[info.task]}")
-    tags = dict.fromkeys(["seqzoo", info.modality, info.task, *info.mixers])
+    tags = dict.fromkeys(["seqzoo", info.modality, info.task, *mixers])
     fields += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags if tag)]
     if record is not None and record.data:
         fields += ["datasets:", f"- {json.dumps(record.data)}"]

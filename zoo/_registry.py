@@ -44,11 +44,8 @@ class ModelInfo:
     @property
     def mixers(self) -> tuple[str, ...]:
         """Names of the mixers that it is built with unless told otherwise."""
-        choice = self.options.get("mixer")
-        parts = choice if isinstance(choice, (list, tuple)) else [choice]
-        names = [part.get("name") if isinstance(part, Mapping) else part for part in parts]
         own: tuple[str, ...] = getattr(self.cls, "mixers", ())
-        return tuple(dict.fromkeys([*(name for name in names if isinstance(name, str)), *own]))
+        return tuple(dict.fromkeys([*mixer_names(self.options.get("mixer")), *own]))
 
     @property
     def has_features(self) -> bool:
@@ -93,6 +90,13 @@ def register_model(
         return function
 
     return register
+
+
+def mixer_names(choice: Any) -> list[str]:
+    """Names in what the option `mixer` holds: a name, a dict with one, or a list of those."""
+    parts = choice if isinstance(choice, (list, tuple)) else [choice]
+    names = [part.get("name") if isinstance(part, Mapping) else part for part in parts]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 def register_sizes(

@@ -242,4 +242,25 @@ def test_a_forecasting_run_has_its_rows(tmp_path):
     rows = shipping.read_results(tmp_path)
     assert [row["method"] for row in rows] == ["patch_tiny", "seasonal naive"]
     assert rows[0]["mse"] == 0.25 and rows[1]["mase"] == 1.1
-    assert shipping.check_better(rows, "", ()) == "mse"
+    shipping.check_better(rows, "patch_tiny", "mse", ())
+
+
+def test_the_best_of_several_rows_of_the_model_stands_first():
+    """A text is read row by row, and carried on: both are the model's, and no baseline of it."""
+    rows = [
+        {"method": "hybrid_tiny: rows of 1024", "bits per byte": 1.5},
+        {"method": "hybrid_tiny: carried on", "bits per byte": 1.25},
+        {"method": "hybrid_tiny_elder", "bits per byte": 1.375},
+        {"method": "xz", "bits per byte": 2.0},
+    ]
+    found = shipping.own_first(rows, "hybrid_tiny", "bits per byte")
+    assert [row["bits per byte"] for row in found] == [1.25, 1.5, 1.375, 2.0]
+    shipping.check_better(found, "hybrid_tiny", "bits per byte", ())
+    up = [
+        {"method": "m, a", "accuracy": 0.5},
+        {"method": "m, b", "accuracy": 0.75},
+        {"method": "guess", "accuracy": 0.6},
+    ]
+    assert [row["accuracy"] for row in shipping.own_first(up, "m", "accuracy")] == [0.75, 0.5, 0.6]
+    with pytest.raises(shipping.UserError, match=r"0\.5, no better than 0\.6 of guess"):
+        shipping.check_better([up[0], up[2]], "m", "accuracy", ())
