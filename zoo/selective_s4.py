@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..blocks.layers.norm import LayerNorm
 from ..blocks.layers.rows import take
@@ -129,7 +130,11 @@ class SelectiveS4(ViS4mer):
             update_momentum(self.momentum_mixer, self.first.mixer, self.momentum)
         with torch.no_grad():
             f = x + self.momentum_mixer(self.momentum_norm(x), mask=mask).y
-        logits = self.mask_generator(f, mask)
+        if self.training and torch.is_grad_enabled():
+            # L tokens go through the generator and half of them or less through the rest: it must not keep them all
+            logits = checkpoint(self.mask_generator, f, mask, use_reentrant=False)
+        else:
+            logits = self.mask_generator(f, mask)
         if self.training:
             # -log of an exponential variable is a Gumbel variable
             logits = logits - torch.empty_like(logits).exponential_().log()

@@ -48,7 +48,7 @@ def test_the_kept_are_the_largest_in_their_order():
     places, real = top_in_order(scores, mask, 0.5)
     assert places[0].tolist() == [2, 3, 4] and real.tolist() == [[True, True, True], [True, False, False]]
     assert places[1, 0] == 0
-    assert top_in_order(torch.zeros(1, 20), None, 0.55)[0].shape == (1, 11)  # 0.55 * 20 is a little more than 11
+    assert top_in_order(torch.zeros(1, 25), None, 0.28)[0].shape == (1, 7)  # 0.28 * 25 is a little more than 7
 
 
 def test_the_stages_read_the_gathered_tokens():
