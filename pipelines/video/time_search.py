@@ -214,6 +214,14 @@ def allot(spots: Sequence[Spot], budget: int, *, rooms: Sequence[int] | None = N
     return given
 
 
+def evidence_frames(trace: Trace, budget: int, *, number: int = 4, grid: Grid = middles) -> np.ndarray:
+    """The frames to answer from, sorted: `budget` of them, shared among the `number` best spots of evidence by `allot`,
+    evenly in each. Empty without evidence."""
+    spots = best_evidence(trace.evidence, number)
+    parts = [grid(spot.window, own) for spot, own in zip(spots, allot(spots, budget), strict=True) if own]
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0)
+
+
 class _Budget:
     """Calls and different frames that are left."""
 

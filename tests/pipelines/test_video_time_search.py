@@ -17,6 +17,7 @@ from seqzoo.pipelines.video.time_search import (
     Window,
     allot,
     best_evidence,
+    evidence_frames,
     merge_windows,
     middles,
     search_time,
@@ -335,6 +336,21 @@ def test_frames_are_shared_out_by_confidence_and_seconds() -> None:
     assert allot(spots, 100, rooms=[3, 5, 4]) == [3, 5, 4]
     assert allot(spots, 9, rooms=[3, 2, 9]) == [3, 2, 4]
     assert allot([], 5) == []
+
+
+def test_the_frames_to_answer_from() -> None:
+    evidence = (
+        Spot(Window(100.0, 110.0), 0.9, 2),
+        Spot(Window(0.0, 30.0), 0.6, 1),
+        Spot(Window(90.0, 120.0), 0.7, 1),  # gives way to the first
+        Spot(Window(200.0, 210.0), 0.5, 1),
+    )
+    trace = Trace((), evidence, 0, 0, "empty")
+    # weights 18, 9 and 5: three, two and one
+    frames = evidence_frames(trace, 6)
+    assert frames.tolist() == [5.0, 15.0, 25.0, 102.5, 107.5, 205.0]
+    assert evidence_frames(trace, 6, number=1).tolist() == pytest.approx([100 + 10 * (i + 0.5) / 6 for i in range(6)])
+    assert not len(evidence_frames(Trace((), (), 0, 0, "empty"), 6))
 
 
 @given(
