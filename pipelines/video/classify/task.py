@@ -29,8 +29,7 @@ def build_data(cfg: dict[str, Any]) -> VideoClipData:
 
 
 def build_module(cfg: dict[str, Any], data: VideoClipData) -> VideoClipModule:
-    """The module of a config, for the labels of the data, from the weights of a pretraining where task.pretrained names
-    its run; says what the data have."""
+    """The module of a config, for the labels of the data; says what the data have."""
     model, schema = dict(cfg["model"]), data.schema()
     task = {**cfg["task"], "seed": cfg["seed"]}
     module = VideoClipModule(

@@ -1,0 +1,72 @@
+"""The LightningModule of videos without labels: the loss and the score of a pretext."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....blocks.protocol import Mixer
+from ...training import TrainingModule
+from ..classify.module import VideoNet, create_video_net
+from .pretexts import Judged, check_pretext, create_pretext, head_classes
+
+
+class VideoPretrainModule(TrainingModule):
+    """Trains a classifier of videos on a pretext; `net` is what is exported.
+
+    model: {"name", **options} of a zoo model. task: pretext, "order", "masked" or "lsmcl", its settings, seed. schema:
+    `VideoPretrainData.schema()`. mixer_class: the class of a user's own mixer.
+    """
+
+    net: VideoNet  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        task: dict[str, Any],
+        optimizer: dict[str, Any],
+        scheduler: dict[str, Any],
+        schema: dict[str, Any],
+        mixer_class: type[Mixer] | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, scheduler=scheduler)
+        self.save_hyperparameters(
+            {"model": model, "task": task, "optimizer": optimizer, "scheduler": scheduler, "schema": schema}
+        )
+        self.task, self.schema = dict(task), dict(schema)
+        check_pretext(self.task, self.schema)
+        self.net = create_video_net(model, schema, mixer_class, num_classes=head_classes(self.task))
+        self.pretext = create_pretext(self.net, self.task, self.schema)
+        if task.get("grad_checkpointing"):
+            self.net.set_grad_checkpointing(True)
+        self.scores: dict[str, float] = {}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        found = self._judge(batch, self.global_step)
+        number = len(batch["frames"])
+        self.log_auxiliary(found.aux, number)
+        self.log("train/loss", found.loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
+        return self.check_loss(found.loss + sum(found.aux.values()), batch_idx)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._log("val", batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._log("test", batch, batch_idx)
+
+    def _log(self, stage: str, batch: dict[str, Tensor], number: int) -> None:
+        """The same draws in every evaluation."""
+        found = self._judge(batch, number, first=1)
+        values = {"loss": found.loss, self.pretext.score_name: found.score, "guess": torch.tensor(found.guess)}
+        self.log_dict(
+            {f"{stage}/{key}": value for key, value in values.items()},
+            batch_size=len(batch["frames"]),
+            prog_bar=True,
+            sync_dist=True,
+        )
+
+    def _judge(self, batch: dict[str, Tensor], number: int, first: int = 0) -> Judged:
+        seed = hash((int(self.task.get("seed", 0)), first, number, self.global_rank)) % 2**63
+        return self.pretext(batch, torch.Generator().manual_seed(seed))
