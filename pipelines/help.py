@@ -39,6 +39,7 @@ EXAMPLES = (
     "lightning fit data=csv data.path=sales.csv data.targets=[sales] data.pred_len=14",
     "lightning fit experiment=text/stdlib_bytes data=text data.path=books/",
     "lightning fit experiment=documents/labelled data.path=folders_named_by_label/",
+    "lightning fit experiment=documents/labelled data.path=docs/ model.pretrained=FOLDER model.lora=8",
     "lightning predict experiment=audio/find data.path=talk.wav",
     "lightning predict experiment=text/stdlib_bytes task.prompt='Once upon a time'",
     "lightning fit mixer._target_=my_module.MyMixer mixer.my_option=3",

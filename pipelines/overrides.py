@@ -25,6 +25,7 @@ _PLAIN = {
     "--hydra-help",
 }
 _TEXTS = {"task.prompt", "query"}  # values that are read as they stand
+_ADDED = {"model.pretrained", "model.frozen", "model.lora"}  # keys of every model that no YAML file has
 _OURS = {"--config-dir", "-cd", "--allow", "--help", "-h"}
 
 
@@ -76,7 +77,8 @@ def parse_arguments(command: str, arguments: Sequence[str]) -> Request:
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
-            overrides.append(_as_text(word))
+            prefix, key, _ = split_override(word)
+            overrides.append(f"++{word}" if key in _ADDED and not prefix else _as_text(word))
             continue
         name, equals, value = word.partition("=")
         if name in _PLAIN:

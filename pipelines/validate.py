@@ -102,6 +102,7 @@ def validate_names(cfg: Mapping[str, Any]) -> None:
     """
     from ..blocks.registry import list_mixers, mixer_info
     from ..zoo import list_models, model_info
+    from .nets import TRANSFER
     from .training import OPTIMIZERS, SCHEDULERS
 
     task = _check_name(cfg, "task", list_tasks())
@@ -109,7 +110,7 @@ def validate_names(cfg: Mapping[str, Any]) -> None:
         _check_name(cfg, "optimizer", OPTIMIZERS)
         _check_name(cfg, "scheduler", SCHEDULERS)
         model = _check_name(cfg, "model", list_models())
-        _check_options(cfg["model"], "model", model, model_info(model).options)
+        _check_options(cfg["model"], "model", model, {**model_info(model).options, **dict.fromkeys(TRANSFER)})
         wanted = model_info(model).task
         if task != wanted:
             raise UserError(

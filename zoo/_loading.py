@@ -64,6 +64,44 @@ def load_weights(record: Weights, overrides: Mapping[str, Any]) -> nn.Module:
     return _restore(_of_record(record, None), overrides)
 
 
+def start_from(model: nn.Module, source: str | Path, *, cache_dir: str | Path | None = None) -> list[str]:
+    """Give a model that was built already the weights of a saved one, and return the names of what stays as it was.
+
+    Of the same class, all tensors but those of its heads must fit. Of another class (a language model's for a
+    classifier), those of the `Backbone` must fit; what lies beside it under the same name, such as the embedding, is
+    taken where it fits. Raises ValueError listing what does not.
+    """
+    saved = find_saved(source, cache_dir=cache_dir)
+    other: Any = _restore(saved, {})
+    state, where = other.state_dict(), str(saved.folder)
+    if type(other) is type(model):
+        return fit_state(model, state, where, changed=True)
+    ends = [next((n for n, p in m.named_modules() if isinstance(p, Backbone)), None) for m in (other, model)]
+    if ends[0] is None or ends[1] is None:
+        raise ValueError(f"{where} holds a {type(other).__name__}, which has no backbone for a {type(model).__name__}")
+    before, after = (end.removesuffix("backbone") for end in ends if end is not None)
+    given = {after + key.removeprefix(before): value for key, value in state.items() if key.startswith(before)}
+    own = model.state_dict()
+    trunk = f"{after}backbone."
+    wrong = [
+        k
+        for k in {*own, *given}
+        if k.startswith(trunk) and (k not in own or k not in given or own[k].shape != given[k].shape)
+    ]
+    if wrong:
+        raise ValueError(f"the backbone of {where} does not fit the {type(model).__name__}: {_names(wrong)}")
+    heads: tuple[str, ...] = getattr(model, "heads", ())
+    taken = {
+        k: v
+        for k, v in given.items()
+        if k in own and own[k].shape == v.shape and (k.startswith(trunk) or not k.startswith(heads))
+    }
+    model.load_state_dict(taken, strict=False)
+    new = [k for k in own if k not in taken]
+    logger.warning("%s: the %s takes its backbone; at their start stay %s", where, type(model).__name__, _names(new))
+    return new
+
+
 def find_saved(source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Saved:
     """Where a source lies, downloaded if need be. Raises ValueError for what is nowhere."""
     path, text = Path(source), str(source)

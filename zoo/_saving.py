@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blocks.layers.lora import folded
 from ..blocks.protocol import Mixer
 from ..blocks.registry import list_mixers, mixer_info
 from ._cards import model_card
@@ -47,6 +48,7 @@ def save_model(
     what it scored, the section `record` of `Weights`. Files are written under temporary names and renamed, the config
     last. Raises ValueError for a model without a config, for options that are not plain, and for a full disk.
     """
+    model = folded(model)  # low-rank updates become part of the weights
     config = getattr(model, "config", None)
     if not isinstance(config, dict) or "name" not in config:
         raise ValueError("save_model takes models made by create_model (they carry their config)")
