@@ -30,6 +30,9 @@ _FRAME: dict[str, Any] = {"vocab_size": VOCAB, "num_hidden_layers": 4, "hidden_s
 _HEADS: dict[str, Any] = {**_FRAME, "intermediate_size": 340, "num_attention_heads": 8}
 _PAIRS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 
+_SCALED: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+_SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 48}
+
 
 class Case(NamedTuple):
     """kind: class of transformers or timm. options: of its config. note: what is special. wide: float64 too."""
@@ -46,6 +49,11 @@ CASES: dict[str, Case] = {
         "LlamaForCausalLM",
         {**_HEADS, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
         "tied, biases",
+    ),
+    "llama_31": Case(
+        "LlamaForCausalLM",
+        {**_HEADS, "num_key_value_heads": 2, "rope_parameters": _SCALED},
+        "rotary positions scaled as in Llama 3.1",
     ),
     "mistral": Case("MistralForCausalLM", {**_HEADS, "num_key_value_heads": 4, "sliding_window": None}, "no window"),
     "mistral_window": Case(

@@ -8,6 +8,8 @@ width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,13 +97,63 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rotary_angles(positions: Tensor, channels: int, dim: int, base: float, dtype: torch.dtype) -> Tensor:
+def rotary_angles(
+    positions: Tensor,
+    channels: int,
+    dim: int,
+    base: float,
+    dtype: torch.dtype,
+    scaling: Mapping[str, Any] | None = None,
+) -> Tensor:
     """positions (..., L) times base^(-2i/dim), i = 0 .. channels/2 - 1: (..., L, channels/2) in dtype.
 
-    From integer positions, because positions in bfloat16 stop being exact at 256.
+    From integer positions, because positions in bfloat16 stop being exact at 256. scaling: see `scale_frequencies`.
     """
     exponent = torch.arange(0, channels, 2, device=positions.device, dtype=dtype) / dim
-    return positions.to(dtype).unsqueeze(-1) * (1.0 / base**exponent)
+    frequency = 1.0 / base**exponent
+    if scaling is not None:
+        frequency = scale_frequencies(frequency, scaling)
+    return positions.to(dtype).unsqueeze(-1) * frequency
+
+
+ROPE_SCALINGS: dict[str, dict[str, float]] = {
+    "linear": {"factor": 1.0},
+    "llama3": {"factor": 1.0, "low": 1.0, "high": 4.0, "length": 8192},
+}
+
+
+def scale_frequencies(frequency: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies of rotary positions for texts that are longer than those of the training.
+
+    scaling: {"kind": "linear", "factor"} divides all by the factor (positional interpolation, arXiv:2306.15595);
+    {"kind": "llama3", "factor", "low", "high", "length"} (Llama 3.1, arXiv:2407.21783, section 3.4.2, and its code)
+    those whose waves turn less than `low` times within `length` tokens, none that turn more than `high` times, and
+    between f -> f ((1 - s) / factor + s), s = (turns - low) / (high - low).
+    """
+    given = {**ROPE_SCALINGS[scaling["kind"]], **scaling}
+    if scaling["kind"] == "linear":
+        return frequency / given["factor"]
+    turns = given["length"] * frequency / (2 * math.pi)
+    kept = ((turns - given["low"]) / (given["high"] - given["low"])).clamp(0, 1)
+    return frequency * ((1 - kept) / given["factor"] + kept)
+
+
+def check_rope_scaling(scaling: Mapping[str, Any] | None) -> None:
+    """Raise ValueError unless `scaling` is None or what `scale_frequencies` takes, naming the nearest valid choice."""
+    if scaling is None:
+        return
+    if not isinstance(scaling, Mapping) or scaling.get("kind") not in ROPE_SCALINGS:
+        kind = scaling.get("kind") if isinstance(scaling, Mapping) else scaling
+        raise ValueError(f"rope_scaling of the kind {kind!r} is unknown.{did_you_mean(str(kind), ROPE_SCALINGS)}")
+    known = ROPE_SCALINGS[scaling["kind"]]
+    for key, value in scaling.items():
+        if key != "kind" and key not in known:
+            raise ValueError(f"rope_scaling={dict(scaling)} has no use for {key!r}.{did_you_mean(key, known)}")
+        if key != "kind" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            raise ValueError(f"rope_scaling has {key}={value!r}, which must be a positive number")
+    given = {**known, **scaling}
+    if "low" in given and not given["low"] < given["high"]:
+        raise ValueError(f"rope_scaling has low={given['low']}, which must be below high={given['high']}")
 
 
 def rope(
@@ -110,6 +162,7 @@ def rope(
     base: float = 10000.0,
     rotary_dim: int | None = None,
     interleaved: bool = False,
+    scaling: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Rotary positions (arXiv:2104.09864, eq. 34): channel pair i turned by position * base^(-2i/rotary_dim).
 
@@ -117,13 +170,14 @@ def rope(
     the first channels that turn (default all K), even. interleaved: False pairs channel i with i +
     rotary_dim/2 (GPT-NeoX, Llama), True pairs 2i with 2i+1 (the paper, GPT-J); one is a fixed permutation of
     channels of the other. Angles and products are float32 (float64 for float64 x); the result has the dtype
-    of x. Raises ValueError for a rotary_dim that is odd or larger than K.
+    of x. scaling: see `scale_frequencies`. Raises ValueError for a rotary_dim that is odd or larger than K.
     """
     width = x.shape[-1]
     rotary_dim = width if rotary_dim is None else rotary_dim
     check_rotary_dim(rotary_dim, width)
     wide = _wide(x.dtype)
-    angle = rotary_angles(positions, rotary_dim, rotary_dim, base, wide).unsqueeze(-2)  # (B, L, 1, rotary_dim/2)
+    angle = rotary_angles(positions, rotary_dim, rotary_dim, base, wide, scaling)
+    angle = angle.unsqueeze(-2)  # (B, L, 1, rotary_dim/2)
     cos, sin = angle.cos(), angle.sin()
     turned, kept = x[..., :rotary_dim].to(wide), x[..., rotary_dim:]
     if interleaved:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from ...kernels.softmax import Sinks, softmax_attention, visible, window_attention
 from ..layers.kv_cache import KVState, append, empty_cache, keep_window, with_window
 from ..layers.norm import RMSNorm
-from ..layers.positions import T5RelativeBias, alibi_bias, check_rotary_dim, rope
+from ..layers.positions import T5RelativeBias, alibi_bias, check_rope_scaling, check_rotary_dim, rope
 from ..layers.projections import head_width, reset_linear
 from ..layers.rows import packed_groups, rank_order, take
 from ..protocol import Mixer, MixerOutput
 from ..registry import did_you_mean, register_mixer
 
 SCHEMES = ("none", "rope", "alibi", "t5")
+_LONG = {"kind": "llama3", "factor": 8.0, "low": 1.0, "high": 4.0, "length": 32}
 _IN_CACHE: dict[str, Any] = {"num_sinks": 2, "sink_positions": "cache", "causal": True}
 
 
@@ -40,7 +41,7 @@ class SoftmaxAttention(Mixer):
     position: "rope" (arXiv:2104.09864) turns queries and keys; "alibi" (arXiv:2108.12409) and "t5"
         (arXiv:1910.10683, the table owned by this layer) add a bias to the scores, a dense one: O(L^2) memory
         unless windowed. Positions count the real tokens of a row, so pads do not shift them.
-    rope_base, rotary_dim, rope_interleaved: see `positions.rope`.
+    rope_base, rotary_dim, rope_interleaved, rope_scaling: see `positions.rope` and `scale_frequencies`.
     window_size: a token sees those less than this far away, itself included: causal 0 <= i - j < window_size.
         Cost O(L window_size).
     num_sinks: the first tokens stay visible to all (StreamingLLM, arXiv:2309.17453).
@@ -69,6 +70,7 @@ class SoftmaxAttention(Mixer):
         "rope": {"num_heads": 2, "position": "rope", "causal": True},
         "rope_partial": {"num_heads": 2, "position": "rope", "rotary_dim": 4, "rope_base": 500.0},
         "rope_interleaved": {"num_heads": 2, "position": "rope", "rope_interleaved": True},
+        "rope_scaled": {"num_heads": 2, "position": "rope", "rope_scaling": _LONG, "causal": True},
         "alibi": {"num_heads": 3, "head_dim": 4, "position": "alibi"},
         "alibi_causal": {"num_heads": 4, "position": "alibi", "causal": True},
         "t5": {"num_heads": 4, "position": "t5", "scale": 1.0},
@@ -98,6 +100,7 @@ class SoftmaxAttention(Mixer):
         rope_base: float = 10000.0,
         rotary_dim: int | None = None,
         rope_interleaved: bool = False,
+        rope_scaling: Mapping[str, Any] | None = None,
         window_size: int | None = None,
         num_sinks: int = 0,
         sink_positions: Literal["absolute", "cache"] = "absolute",
@@ -116,7 +119,7 @@ class SoftmaxAttention(Mixer):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = head_width(dim, num_heads, self.num_kv_heads, head_dim)
         self.position, self.window_size, self.num_sinks = position, window_size, num_sinks
-        self.rope_base, self.rope_interleaved = rope_base, rope_interleaved
+        self.rope_base, self.rope_interleaved, self.rope_scaling = rope_base, rope_interleaved, rope_scaling
         self.rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         self.sink_positions = sink_positions
         self._check_options(rotary_is_set=rotary_dim is not None)
@@ -144,8 +147,11 @@ class SoftmaxAttention(Mixer):
                 raise ValueError(f"{name}: {option}={value!r} is unknown.{did_you_mean(value, choices)}")
         if self.position == "rope":
             check_rotary_dim(self.rotary_dim, self.head_dim)
-        elif rotary_is_set or self.rope_interleaved:
-            raise ValueError(f"{name}: rotary_dim and rope_interleaved need position='rope', not {self.position!r}")
+            check_rope_scaling(self.rope_scaling)
+        elif rotary_is_set or self.rope_interleaved or self.rope_scaling is not None:
+            raise ValueError(
+                f"{name}: rotary_dim, rope_interleaved and rope_scaling need position='rope', not {self.position!r}"
+            )
         if self.cross and (self.position != "none" or self.window_size is not None):
             raise ValueError(
                 f"{name}: position={self.position!r} and window_size={self.window_size!r} relate tokens of "
@@ -309,7 +315,7 @@ class SoftmaxAttention(Mixer):
         return self._full(q_turned, k, v, position, valid, state)
 
     def _rope(self, x: Tensor, position: Tensor) -> Tensor:
-        return rope(x, position, self.rope_base, self.rotary_dim, self.rope_interleaved)
+        return rope(x, position, self.rope_base, self.rotary_dim, self.rope_interleaved, self.rope_scaling)
 
     def _bias(self, q_position: Tensor, k_position: Tensor) -> Tensor:
         if self.relative_bias is not None:

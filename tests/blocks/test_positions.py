@@ -11,8 +11,10 @@ from seqzoo.blocks.layers.positions import (
     T5RelativeBias,
     alibi_bias,
     alibi_slopes,
+    check_rope_scaling,
     create_position,
     rope,
+    rotary_angles,
 )
 
 F64 = torch.float64
@@ -70,6 +72,49 @@ def test_rope_is_llamas():
     theirs = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     for ours, other in zip((rope(q, positions), rope(k, positions)), theirs, strict=True):
         torch.testing.assert_close(ours, other.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_frequencies_are_llamas():
+    """Of every third length, from waves that turn often to waves that hardly turn, against the public code."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    numbers = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for base, length in ((10000.0, 8192), (500000.0, 8192), (100.0, 64)):
+        for kind in ("linear", "llama3"):
+            given = {"rope_type": kind, "rope_theta": base, **numbers, "original_max_position_embeddings": length}
+            config = transformers.LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters=given)
+            want = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
+            scaling = {"kind": kind, "factor": 8.0}
+            if kind == "llama3":
+                scaling |= {"low": 1.0, "high": 4.0, "length": length}
+            got = rotary_angles(torch.tensor([1]), 64, 64, base, torch.float32, scaling)[0]
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+            plain = rotary_angles(torch.tensor([1]), 64, 64, base, torch.float32)[0]
+            kept = got / plain
+            assert kept[-1].item() == pytest.approx(1 / 8) and (kind == "linear" or kept[0].item() == 1.0)
+
+
+def test_interpolated_positions_are_positions_over_the_factor():
+    x = torch.randn(1, 5, 2, 8, dtype=torch.float64)
+    positions = torch.arange(0, 15, 3).unsqueeze(0)
+    got = rope(x, positions, scaling={"kind": "linear", "factor": 3.0})
+    torch.testing.assert_close(got, rope(x, positions // 3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"kind": "yarn"}, "'yarn' is unknown.*linear, llama3"),
+        ("linear", "'linear' is unknown"),
+        ({"kind": "linear", "factr": 2.0}, "no use for 'factr'.*factor"),
+        ({"kind": "linear", "factor": 0}, "factor=0, which must be a positive number"),
+        ({"kind": "llama3", "low": 4.0}, r"low=4.0, which must be below high=4\.0"),
+    ],
+)
+def test_wrong_scalings_are_refused(scaling, message):
+    with pytest.raises(ValueError, match=message):
+        check_rope_scaling(scaling)
 
 
 @pytest.mark.parametrize(("rotary_dim", "nearest"), [(5, 4), (0, 2), (12, 8)])

@@ -73,7 +73,8 @@ SELF = {
     name: options
     for name, options in SoftmaxAttention.variants.items()
     if not options.get("cross")
-    and not {"qk_norm", "rotary_dim", "rope_interleaved"} & set(options)  # the formula above has none of these
+    and not {"qk_norm", "rotary_dim", "rope_interleaved", "rope_scaling"}
+    & set(options)  # the formula above has none of these
 }
 
 
@@ -134,9 +135,9 @@ def test_multihead_attention_with_copied_weights(causal, cross):
 def test_rope_options_reach_the_scores():
     base = {"num_heads": 2, "position": "rope"}
     x = tokens(1, 9, 16)
-    outputs = [
-        build(**base, **more)(x).y for more in ({}, {"rotary_dim": 4}, {"rope_interleaved": True}, {"rope_base": 10.0})
-    ]
+    options = [{}, {"rotary_dim": 4}, {"rope_interleaved": True}, {"rope_base": 10.0}]
+    options.append({"rope_scaling": {"kind": "linear", "factor": 3.0}})
+    outputs = [build(**base, **more)(x).y for more in options]
     assert all((a - b).abs().max() > 1e-3 for n, a in enumerate(outputs) for b in outputs[:n])
 
 

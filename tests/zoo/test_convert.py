@@ -22,12 +22,16 @@ LLAMA = {**FRAME, "hidden_size": 36, "intermediate_size": 55, "num_attention_hea
 NEOX = {**LLAMA, "hidden_size": 48, "num_attention_heads": 3}
 MAMBA = {**FRAME, "hidden_size": 36, "state_size": 5}
 MAMBA2 = {**FRAME, "hidden_size": 36, "state_size": 5, "head_dim": 6, "num_heads": 12, "n_groups": 3, "chunk_size": 4}
-# class of transformers, its config, what it has that others have not
+ROPE = {"rope_theta": 30.0}
+LLAMA_31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 40}
+# class of transformers and its config
 CASES = {
     "llama": ("Llama", {**LLAMA, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}),
     "llama_tied": ("Llama", {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 1}),
     "llama_biases": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "head_dim": 10}),
     "llama_base": ("Llama", {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "llama_linear": ("Llama", {**LLAMA, "rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.5}}),
+    "llama_31": ("Llama", {**LLAMA, "rope_parameters": {**ROPE, "rope_type": "llama3", "factor": 8.0, **LLAMA_31}}),
     "mistral": ("Mistral", {**LLAMA, "num_key_value_heads": 3, "sliding_window": None}),
     "mistral_window": ("Mistral", {**LLAMA, "num_key_value_heads": 3, "sliding_window": 4}),
     "qwen2": ("Qwen2", {**LLAMA, "num_key_value_heads": 3, "tie_word_embeddings": True}),
@@ -228,6 +232,8 @@ def test_old_forms_of_a_config():
     assert plan.options == make_plan(theirs.state_dict(), config=theirs.config).options
     assert len(plan.translate(state)[1]) == 3
     assert torch.equal(convert(state, config=old)(tokens()).y, ours(tokens()).y)
+    old.pop("rotary_pct")  # a quarter of the 16 channels
+    assert make_plan({}, config=old).options["mixer"]["rotary_dim"] == 4
     llama = pair("llama_base")[0].config.to_dict()
     llama.pop("rope_parameters")
     assert make_plan({}, config={**llama, "rope_theta": 500.0}).options["mixer"]["rope_base"] == 500.0

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 _MISSING = object()
+# our words of `positions.scale_frequencies` for those of transformers
+ROPE_KINDS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low": "low_freq_factor",
+        "high": "high_freq_factor",
+        "length": "original_max_position_embeddings",
+    },
+}
+
+
+class Rope(NamedTuple):
+    """base: of the wavelengths. share: of the channels of a head that turn. scaling: as `positions.rope` takes it."""
+
+    base: float
+    share: float
+    scaling: dict[str, Any] | None
 
 
 class Config:
@@ -61,28 +80,36 @@ class Config:
             raise ValueError(f"{self.where} has {key}={word!r}; only {' or '.join(choices)} can be converted")
         return choices[word]
 
-    def rope(
-        self, *, base_keys: Sequence[str] = (), share_keys: Sequence[str] = (), share: float = 1.0
-    ) -> tuple[float, float]:
-        """Base of the rotary wavelengths and share of the channels that turn, of old and new forms of the config.
+    def rope(self, *, base_keys: Sequence[str] = (), share_keys: Sequence[str] = (), share: float = 1.0) -> Rope:
+        """The rotary positions, of old and new forms of the config.
 
-        base_keys, share_keys: where old forms have them; share: where none has. Raises ValueError for scaled positions.
+        base_keys, share_keys: where old forms have them; share: where none has. Raises ValueError for kinds of scaled
+        positions that ours do not have.
         """
         new, old = self.get("rope_parameters") or {}, self.get("rope_scaling") or {}
         for name, table in (("rope_parameters", new), ("rope_scaling", old)):
             if not isinstance(table, Mapping) or any(isinstance(v, Mapping) for v in table.values()):
                 raise ValueError(f"{self.where} has {name}={table!r}; one set of values for all layers is expected")
             kind = table.get("rope_type", table.get("type", "default"))
-            if kind != "default":
+            if kind not in ROPE_KINDS:
                 raise ValueError(
-                    f"{self.where} has {name} of the type {kind!r}; only 'default', positions that are not scaled, can "
-                    "be converted"
+                    f"{self.where} has {name} of the type {kind!r}; only {' or '.join(ROPE_KINDS)} can be converted"
                 )
-        tables = Config({k: v for k, v in {**self.values, **new}.items() if v is not None}, self.where)
-        found = []
-        for keys, default in ((("rope_theta", *base_keys), 10000.0), (("partial_rotary_factor", *share_keys), share)):
-            found.append(tables.number(next((key for key in keys if key in tables), keys[0]), default))
-        return found[0], found[1]
+        kind = new.get("rope_type", old.get("rope_type", old.get("type", "default")))
+        tables = Config({k: v for k, v in {**self.values, **old, **new}.items() if v is not None}, self.where)
+
+        def find(keys: Sequence[str], default: float) -> float:
+            return tables.number(next((key for key in keys if key in tables), keys[0]), default)
+
+        for key in ROPE_KINDS[kind].values():
+            if key not in tables:
+                raise ValueError(f"{self.where} has positions of the type {kind!r} without {key}")
+        scaling = {ours: tables.number(key, 1.0) for ours, key in ROPE_KINDS[kind].items()}
+        return Rope(
+            find(("rope_theta", *base_keys), 10000.0),
+            find(("partial_rotary_factor", *share_keys), share),
+            {"kind": kind, **scaling} if scaling else None,
+        )
 
 
 GELU: dict[str, dict[str, Any] | str] = {

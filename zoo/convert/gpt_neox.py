@@ -18,7 +18,7 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
     """GPT-NeoX and Pythia: parallel branches, LayerNorm, partly rotary positions."""
     dim, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     config.only("is_decoder", False, True)  # causal either way
-    base, share = config.rope(base_keys=("rotary_emb_base",), share_keys=("rotary_pct",), share=0.25)
+    rope = config.rope(base_keys=("rotary_emb_base",), share_keys=("rotary_pct",), share=0.25)
     bias, tied = config.flag("attention_bias", True), config.flag("tie_word_embeddings", False)
 
     def heads_of_three(fused: Tensor) -> tuple[Tensor, ...]:
@@ -47,8 +47,9 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
             "name": "softmax",
             "num_heads": heads,
             "position": "rope",
-            "rope_base": base,
-            "rotary_dim": int(dim // heads * share),
+            "rope_base": rope.base,
+            "rope_scaling": rope.scaling,
+            "rotary_dim": int(dim // heads * rope.share),
             "qkv_bias": bias,
             "proj_bias": bias,
             "attn_drop": config.number("attention_dropout", 0.0),

@@ -39,9 +39,9 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
     config.only("pretraining_tp", 1, None)
     config.only("num_local_experts", None, 0, 1)
     dim, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    base, share = config.rope()
-    if share != 1.0:
-        raise ValueError(f"{config.where} has partial_rotary_factor={share}; only 1.0 can be converted")
+    rope = config.rope()
+    if rope.share != 1.0:
+        raise ValueError(f"{config.where} has partial_rotary_factor={rope.share}; only 1.0 can be converted")
     own_bias = config.flag("attention_bias", False) if kind in ("llama", "qwen3") else False
     eps = config.number("rms_norm_eps", 1e-6)
     if kind == "qwen3" and eps != _QK_NORM_EPS:
@@ -53,7 +53,8 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
         "num_kv_heads": config.get("num_key_value_heads") or _default_kv_heads(kind, heads),
         "head_dim": head_dim,
         "position": "rope",
-        "rope_base": base,
+        "rope_base": rope.base,
+        "rope_scaling": rope.scaling,
         "window_size": _window(config, kind),
         "qkv_bias": True if kind == "qwen2" else own_bias,
         "proj_bias": own_bias,
