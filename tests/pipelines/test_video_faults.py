@@ -56,6 +56,8 @@ def test_not_a_video(tmp_path: Path) -> None:
 
 def test_missing(tmp_path: Path) -> None:
     write_video(tmp_path / "holiday.mp4", 2)
+    with pytest.raises(VideoError, match="no such file"):  # before anything is asked
+        open_video(tmp_path / "a.mp4")
     (tmp_path / "holiday.txt").write_text("")
     assert str(error_of(tmp_path / "holidy.mp4")).endswith("holidy.mp4. Did you mean holiday.mp4?")
     assert "there is no folder" in str(error_of(tmp_path / "none" / "a.mp4"))
@@ -191,6 +193,32 @@ def test_stream_that_comes_up_later(tmp_path: Path) -> None:
     reader = open_video(path)
     found = numbers_in(reader.read(range(len(reader))))
     assert found == [*range(51), *range(52, 60)]
+
+
+def test_colour_space_that_is_none(tmp_path: Path) -> None:
+    """A number that stands for nothing: BT.601, as where none is stated."""
+    content = [
+        write_video(tmp_path / f"{number}.ts", 10, codec="mpeg2video", color={"colorspace": number})
+        for number in (3, 6)
+    ]
+    with av.open(str(content[0])) as file:
+        frame = next(file.decode(video=0))
+        assert frame.colorspace == 3
+        with pytest.raises(av.FFmpegError):
+            frame.reformat(format="rgb24")
+    found, expected = (open_video(path, backend="av").read(range(10)) for path in content)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_hidden_frames() -> None:
+    """VP8 frames that are decoded and not shown, by the bit of their first byte (RFC 6386, 9.1)."""
+    shown_key, hidden_key, shown, hidden = (bytes([value, 2, 0]) for value in (0x10, 0x00, 0xF1, 0xE1))
+    assert [av_backend._hidden(packet) for packet in (shown_key, hidden_key, shown, hidden)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_header_lies(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from seqzoo.pipelines.video.backends import av_backend, decord_backend  # noqa: 
 from seqzoo.pipelines.video.faults import VideoError  # noqa: E402
 from seqzoo.pipelines.video.open_readers import MOST_OPEN  # noqa: E402
 from seqzoo.pipelines.video.reader import open_video  # noqa: E402
+from seqzoo.pipelines.video.timeouts import Watched  # noqa: E402
 
 # Mean absolute difference of two backends, in grey levels of 255. At a file's own size none was seen on 8 bit video;
 # scaled, decord's older swscale rounds otherwise, and torchcodec scales RGB where the others scale YUV.
@@ -477,6 +478,17 @@ def test_decoder_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert caught.value.cause == "hangs"
     assert not alone.read([1]).any()  # it can be asked again
     alone.close()
+
+
+def test_watched_thread() -> None:
+    """What a call returns or raises; busy while it runs."""
+    watched, seen = Watched("a", 30), []
+    assert watched.call(lambda a: seen.append(watched.busy) or a + 1, 2) == 3 and seen == [True] and not watched.busy
+    with pytest.raises(ZeroDivisionError):
+        watched.call(lambda: 1 // 0)
+    assert not watched.busy
+    watched.close()
+    assert watched.call(lambda: 4) == 4  # in another thread
 
 
 def test_a_slow_decoder_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

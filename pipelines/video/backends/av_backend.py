@@ -217,7 +217,12 @@ class AvDecoder:
                 self._before, self._now = self._now, found
 
     def _pixels(self, frame: Any) -> np.ndarray:
-        scaled = self._scaler.reformat(frame, self._width, self._height, "rgb24", interpolation="BILINEAR")
+        options: dict[str, str] = {"interpolation": "BILINEAR"}
+        try:
+            scaled = self._scaler.reformat(frame, self._width, self._height, "rgb24", **options)
+        except self._av.FFmpegError:  # a colour space that is none: as where the file states none
+            options |= {"src_colorspace": "ITU601", "dst_colorspace": "ITU601"}
+            scaled = self._scaler.reformat(frame, self._width, self._height, "rgb24", **options)
         return np.rot90(scaled.to_ndarray(), self._turns)
 
 
