@@ -179,7 +179,7 @@ def walk(path: Path, backend: str) -> None:
         indices = reader.index_at(np.arange(0, reader.duration, 0.5))
         for at in range(0, len(indices), BATCH):
             reader.read(indices[at : at + BATCH])
-        found = {"frames": len(reader), "seconds": clock() - begin}
+        found: dict[str, Any] = {"frames": len(reader), "seconds": clock() - begin}
     if backend == "decord":
         decord_backend._end()
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -188,7 +188,7 @@ def walk(path: Path, backend: str) -> None:
 
 
 def memory(source: Path, minutes: list[float], backends: list[str], folder: Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for length in sorted(minutes):
         path = looped(source, length, folder / f"{length:g}.mkv")
         for backend in backends:
