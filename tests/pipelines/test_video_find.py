@@ -262,6 +262,15 @@ def test_a_single_file_that_is_no_video_is_an_error(tmp_path: Path, monkeypatch:
         predict(None, None, config(tmp_path / "text.mp4", "red"), tmp_path / "run")
 
 
+def test_a_single_file_that_breaks_off_is_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*given: Any, **options: Any) -> None:
+        raise VideoError("frame 3 cannot be decoded")
+
+    monkeypatch.setattr(module, "find", broken)
+    with pytest.raises(VideoError, match=r"^frame 3 cannot be decoded$"):
+        predict(None, None, config(write_video(tmp_path / "a.mp4", [("red", 5)]), "red"), tmp_path / "run")
+
+
 def test_an_example_is_named_by_its_file(tmp_path: Path):
     (tmp_path / "clip.mp4").write_bytes(b"x")
     assert module._named(f"{tmp_path}/clip.mp4#t=3,5") == "clip.mp4#t=3,5"
@@ -299,6 +308,9 @@ def test_the_best_span_is_first_and_what_was_not_looked_at_is_left_out():
     scores = np.array([0.1, 0.8, 0.1, np.nan, 0.1, 0.9, 0.9, np.nan, 0.1, 0.1])
     spans = decode_spans(times, scores, 10.0, {**SPANS, "max_gap": 0.0})
     assert spans == [pytest.approx((4.5, 7.0, 0.9)), pytest.approx((0.5, 1.5, 0.8))]
+    # the first and the last frame stand for all up to the ends of the video
+    edges = decode_spans(times + 0.5, np.array([0.9] + [0.1] * 8 + [0.8]), 9.7, SPANS)
+    assert edges == [pytest.approx((0.0, 1.0, 0.9)), pytest.approx((9.0, 9.7, 0.8))]
 
 
 @pytest.mark.parametrize(
