@@ -172,8 +172,8 @@ class AudioZooModel(ZooModel):
 
     encoder: AudioEncoder
 
-    def _run_trunk(self, samples: Tensor, lengths: Tensor | None = None, **arguments: Any) -> AudioOutput:
-        return self.encoder(samples, lengths, **arguments)
+    def _run_trunk(self, *args: Any, **arguments: Any) -> Any:
+        return self.encoder(*args, **arguments)
 
     @property
     def feature_reduction(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ class ZooModel(nn.Module):
     mixers: ClassVar[tuple[str, ...]] = ()
     config: dict[str, Any]
     preprocessing: dict[str, Any]
+    files: dict[str, Path]
 
     def _trunk(self) -> Trunk:
         return find_trunk(self)

@@ -142,8 +142,8 @@ class AudioTextModel(AudioZooModel):
         edges = [i * self._clip / self.encoder.sample_rate for i in range(count)] + [seconds]
         return list(itertools.pairwise(edges))
 
-    def _run_trunk(self, samples: Tensor, lengths: Tensor | None = None) -> ClipOutput:
-        return self(samples, lengths)  # with context="clip" what is heard are clips
+    def _run_trunk(self, *args: Any, **arguments: Any) -> Any:
+        return self(*args, **arguments)  # with context="clip" what is heard are clips
 
     def _clip_of(self, number: int, lengths: Tensor) -> Tensor:
         """The clip of each token, int64 (B, number); what lies beyond a row's has its last clip."""
