@@ -68,7 +68,7 @@ def convert_report(
     _check_target(target, found, overwrite)
     plan = find_converter(found.config).plan(found.config, found.tensors)
     with torch.device("meta"):  # no start is drawn for weights that are replaced
-        model = create_model(plan.name, **plan.options)
+        model: Any = create_model(plan.name, **plan.options)
     where = "the state dict" if found.folder is None else str(found.folder)
     state, left_out = plan.translate(found.tensors)
     check_fit(plan, state, model.state_dict(), where)
