@@ -375,6 +375,9 @@ def test_dpp_stops_at_the_rank() -> None:
     repeated = np.eye(4)[np.arange(30) % 4]
     assert set((sample_dpp(times, scores, repeated, 10).order % 4).tolist()) == {0, 1, 2, 3}
     assert len(sample_dpp(times, scores, np.float32(repeated), 10).order) == 4
+    # what is left by rounding alone is no frame twice, and no NaN
+    beyond = sample_dpp(times, scores, flat, 29, eps=1e-300).order
+    assert len(beyond) > 3 and len(set(beyond.tolist())) == len(beyond)
 
 
 def test_constant_scores_are_diversity_alone() -> None:
@@ -469,6 +472,28 @@ def test_without_a_hint_time_search_covers_the_video(value: float) -> None:
     scores[501] = 1.0
     found = sample_time_search(times, scores, None, 10, max_scored=40)
     assert (found.indices // 100).tolist() == list(range(10))
+
+
+def test_the_highest_frame_of_a_spot_is_the_first_of_it() -> None:
+    scores = np.random.default_rng(0).normal(0.3, 0.01, 1000)
+    for place in (100, 403, 777):
+        scores[place - 3 : place + 4] = [0.4, 0.5, 0.6, 0.9, 0.6, 0.5, 0.4]
+    found = sample_time_search(np.arange(1000) / 2, scores, None, 3, max_scored=400)
+    assert found.indices.tolist() == [100, 403, 777]
+
+
+def test_what_covers_the_video_is_the_highest_that_was_looked_at() -> None:
+    times, scores, _ = inputs(1000)
+    asked: set[int] = set()
+
+    def lazily(indices: np.ndarray) -> np.ndarray:
+        asked.update(indices.tolist())
+        return scores[indices]
+
+    found = sample_time_search(times, lazily, None, 10, spot=50.0)
+    seen = [[i for i in sorted(asked) if i // 100 == part] for part in range(10)]
+    assert all(len(own) > 1 for own in seen)
+    assert found.indices.tolist() == [max(own, key=lambda i: scores[i]) for own in seen]
 
 
 def test_constant_but_for_one_is_found() -> None:
