@@ -19,7 +19,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -180,11 +179,15 @@ def walk(path: Path, backend: str) -> None:
         for at in range(0, len(indices), BATCH):
             reader.read(indices[at : at + BATCH])
         found: dict[str, Any] = {"frames": len(reader), "seconds": clock() - begin}
-    if backend == "decord":
-        decord_backend._end()
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    found |= {"MiB": [resource.getrusage(kind).ru_maxrss / 1024 for kind in kinds]}
+        child = decord_backend._child
+        found["MiB"] = [largest("self"), largest(child._process.pid) if child is not None else 0.0]
     print(json.dumps(found))
+
+
+def largest(process: int | str) -> float:
+    """MiB of the largest resident set of a process. (What rusage says counts the process that it was forked from.)"""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def memory(source: Path, minutes: list[float], backends: list[str], folder: Path) -> list[dict[str, Any]]:
