@@ -20,6 +20,8 @@ from seqzoo.pipelines.video.classify.module import VideoClipModule, create_video
 from seqzoo.pipelines.video.classify.protocol import Sampling, leave_out
 from seqzoo.pipelines.video.classify.task import check_schema, load_module, nearest_accuracy, without_weights
 from seqzoo.pipelines.video.clips import VideoClip
+from seqzoo.pipelines.video.faults import VideoError
+from seqzoo.pipelines.video.skipping import BadFiles
 
 pytest.importorskip("av")
 from ..helpers.video_files import numbers_in, write_video
@@ -212,6 +214,14 @@ def test_a_bad_training_file_is_counted_and_left_out(folder, tmp_path, encoder):
     write_table(table, rows)
     with pytest.raises(UserError, match=r"broken\.mp4"):
         VideoClipData(table, cache_gb=0).setup("fit")
+
+
+def test_files_that_cannot_be_decoded_are_left_out_of_training(numbered):
+    clips = [VideoClip(numbered, 0.0, 1.0, "a"), VideoClip(Path("gone.mp4"), 0.0, 1.0, "b", where="row 2")]
+    bad = BadFiles((clip.name for clip in clips), most=1.0)
+    assert vectors().fill(clips, training=True, bad=bad) == clips[:1] and bad.causes == {"missing": 1}
+    with pytest.raises(VideoError, match="row 2"):
+        vectors().fill(clips, training=False)
 
 
 def write_table(path, rows):

@@ -24,7 +24,7 @@ class VideoClipModule(ClassificationModule):
     task: grad_checkpointing. schema: `VideoClipData.schema()`. mixer_class: the class of a user's own mixer.
     """
 
-    net: VideoNet  # type: ignore[assignment]
+    net: VideoNet
     item = "clip"
     loss_name = "nats per clip"
 

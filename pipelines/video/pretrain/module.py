@@ -20,7 +20,7 @@ class VideoPretrainModule(TrainingModule):
     `VideoPretrainData.schema()`. mixer_class: the class of a user's own mixer.
     """
 
-    net: VideoNet  # type: ignore[assignment]
+    net: VideoNet
 
     def __init__(
         self,
