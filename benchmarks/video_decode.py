@@ -239,7 +239,18 @@ def main() -> None:
             opened += opening(path, name, backends, given.rounds)
         long.unlink()
         grown = memory(found["flipping_a_pancake"], given.minutes, given.backends, Path(temporary))
-    command = f"python benchmarks/video_decode.py --rounds {given.rounds}"
+    write(speed, opened, grown, given.rounds, given.out)
+
+
+def write(
+    speed: list[dict[str, Any]],
+    opened: list[dict[str, Any]],
+    grown: list[dict[str, Any]],
+    rounds: int,
+    out: Path,
+) -> None:
+    """Both files."""
+    command = f"python benchmarks/video_decode.py --rounds {rounds}"
     record = {
         "command": command,
         "threads": torch.get_num_threads(),
@@ -249,11 +260,11 @@ def main() -> None:
         "opening": opened,
         "memory": grown,
     }
-    path = write_result(NAME, record, given.out)
+    path = write_result(NAME, record, out)
     page = [
         "# Decoding video",
         f"`{command}`, {record['threads']} thread(s), on a CPU. Frames a second of processor time, medians of "
-        f'{given.rounds} rounds in which the backends take turns, and beside them those of av. "decord alone" is '
+        f'{rounds} rounds in which the backends take turns, and beside them those of av. "decord alone" is '
         "decord without the reader around it and its process of its own. At random: one frame at a time.",
         markdown(speed),
         "From nothing to the first frame, in milliseconds of processor time:",
