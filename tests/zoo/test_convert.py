@@ -176,6 +176,10 @@ def test_from_a_folder_to_a_folder(case, shards, tmp_path):
         assert torch.equal(made(x).y, ours(x).y) and torch.equal(again(x).y, ours(x).y)
     assert set(load_file(tmp_path / "ours" / "model.safetensors")) == set(ours.state_dict())
     assert (tmp_path / "ours" / "tokenizer.json").is_file()
+    assert (
+        f"The weights of theirs ({theirs.config.model_type}), converted"
+        in (tmp_path / "ours" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt_neox", "mamba"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,8 +81,22 @@ def convert_report(
     model.requires_grad_(True).eval()
     model.preprocessing, model.files = plan.preprocessing, _files(found)
     if target is not None:
-        save_model(model, Path(target).expanduser())
+        save_model(model, Path(target).expanduser(), record=_record(model, found))
     return Conversion(model, plan, left_out)
+
+
+def _record(model: Any, found: Source) -> dict[str, Any]:
+    """What the card says of where the weights come from."""
+    kind = found.config.get("model_type") or found.config.get("architecture")
+    name = str(found.config.get("_name_or_path"))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # a name of the Hub, not a path
+        name = "a model in memory" if found.folder is None else found.folder.name
+    return {
+        "tag": "converted",
+        "purpose": f"The weights of {name} ({kind}), converted: they give the outputs of the original.",
+        "limits": ["Licence, training data and limits are those of the original and not known here."],
+        "input": model.input_spec,
+    }
 
 
 def _files(found: Source) -> dict[str, Path]:
