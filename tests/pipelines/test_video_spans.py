@@ -165,7 +165,7 @@ def test_chosen_frames_by_hand() -> None:
     assert [(s.start, s.end) for s in found] == [(19.0, 22.0), (39.0, 41.0)]
     assert found[0].score == pytest.approx(0.71) and found[1].score == 0.61
     assert [s.end for s in chosen_spans(times, scores, share=0.85)] == [20.75]
-    assert [(s.start, s.end) for s in chosen_spans(times, scores, floor=0.4, share=0.9)] == [(19.0, 20.25)]
+    assert [(s.start, s.end) for s in chosen_spans(times, scores, floor=0.4, share=0.7)] == [(19.0, 20.75)]
     assert [(s.start, s.end) for s in chosen_spans(times, scores, reach=20.0)] == [(15.0, 60.0)]
     # a frame beside it that is not in it bounds the cell
     assert [(s.start, s.end) for s in chosen_spans(np.array([5.0, 5.5]), np.array([1.0, 0.0]))] == [(5.0, 5.25)]
