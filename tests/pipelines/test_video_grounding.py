@@ -75,15 +75,16 @@ class ColourScorer:
         return np.eye(DIM, dtype=np.float32)[list(COLOURS).index(query)]
 
 
-def write(path: Path, pieces: list[tuple[str, int]], fps: int = 10) -> Path:
-    """A video of one colour after the other, so many frames of each."""
+def write(path: Path, pieces: list[tuple[Any, int]], fps: int = 10) -> Path:
+    """A video of one colour (or picture) after the other, so many frames of each."""
     import av
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
         stream.width, stream.height, stream.pix_fmt = SIZE[1], SIZE[0], "yuv420p"
         for colour, frames in pieces:
-            picture = np.broadcast_to(np.array(COLOURS[colour], np.uint8), (*SIZE, 3))
+            own = COLOURS[colour] if isinstance(colour, str) else colour
+            picture = np.broadcast_to(np.array(own, np.uint8), (*SIZE, 3))
             for _ in range(frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
@@ -148,6 +149,22 @@ def test_the_bank_encodes_each_frame_once(folder: Path, tmp_path: Path) -> None:
     again = ColourScorer()
     FeatureBank(again, cache=cache, progress=False).fill(made)
     assert again.encoded == 0
+
+
+class LeftScorer(ColourScorer):
+    """The colour of the left half."""
+
+    def encode_frames(self, frames: np.ndarray) -> np.ndarray:
+        return super().encode_frames(frames[:, :, : SIZE[1] // 2])
+
+
+def test_the_bank_tells_flipped_frames_apart(tmp_path: Path) -> None:
+    halves = np.full((*SIZE, 3), COLOURS["red"], np.uint8)
+    halves[:, SIZE[1] // 2 :] = COLOURS["blue"]
+    reader = open_video(write(tmp_path / "halves.mp4", [(halves, 4)]), size=SIZE)
+    video = VirtualVideo([Segment(reader, 0, 3), Segment(reader, 1, 3, True)])
+    vectors = FeatureBank(LeftScorer(), progress=False).at(video, range(6))
+    assert vectors.argmax(1).tolist() == [0, 0, 0, 2, 2, 2]
 
 
 def test_windows_are_what_their_pixels_say(folder: Path) -> None:
