@@ -11,9 +11,15 @@ from .training import TrainingModule
 
 
 def export(module: TrainingModule, run_dir: Path) -> None:
-    """Write the model as a folder that `seqzoo.load_model` reads; it can only name mixers of the registry."""
+    """Write the model as a folder that `seqzoo.load_model` reads; it can only name mixers of the registry. The file of
+    a tokenizer goes with it: the loaded model has it in `files`."""
+    schema, files = dict(module.schema), {}
+    tokenizer = schema.get("tokenizer")
+    if isinstance(tokenizer, str) and tokenizer != "bytes" and Path(tokenizer).expanduser().is_file():
+        schema["tokenizer"] = "tokenizer.json"
+        files["tokenizer.json"] = Path(tokenizer).expanduser()
     try:
-        save_model(module.net, run_dir / "model", preprocessing=module.schema)
+        save_model(module.net, run_dir / "model", preprocessing=schema, files=files)
     except ValueError as error:
         print(f"model not exported: {error}", flush=True)
 
