@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,17 @@ def test_colour_space_that_is_none(tmp_path: Path) -> None:
             frame.reformat(format="rgb24")
     found, expected = (open_video(path, backend="av").read(range(10)) for path in content)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_packets_end_where_the_file_cannot_be_read_on() -> None:
+    """And a last empty one makes the decoder give what it holds."""
+
+    class Container:
+        def demux(self, stream: object) -> Iterator[av.Packet]:
+            yield av.Packet(5)
+            raise av.error.InvalidDataError(1, "damaged")
+
+    assert [packet.size for packet in av_backend._packets(av, Container(), None)] == [5, 0]
 
 
 def test_hidden_frames() -> None:
