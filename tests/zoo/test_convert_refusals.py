@@ -104,6 +104,18 @@ def test_configs(config, message, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
+def test_null_is_the_default():
+    config = {**LLAMA, **dict.fromkeys(("attention_dropout", "head_dim", "mlp_bias", "rms_norm_eps", "rope_scaling"))}
+    assert make_plan(weights(), config=config) == make_plan(weights(), config=LLAMA)
+    for kind, silent in (("llama", 2), ("mistral", 8), ("qwen2", 32)):
+        config = {**LLAMA, "model_type": kind, "num_key_value_heads": None}
+        assert make_plan(weights(), config=config).options["mixer"]["num_kv_heads"] == 2  # as many as of queries
+        config.pop("num_key_value_heads")
+        assert make_plan(weights(), config=config).options["mixer"]["num_kv_heads"] == silent  # of the class
+    with pytest.raises(ValueError, match="the config has no hidden_size"):
+        make_plan(weights(), config={**LLAMA, "hidden_size": None})
+
+
 def changed(**changes):
     """The weights with tensors replaced, or left out where None."""
     state = {**weights(), **changes}

@@ -39,9 +39,14 @@ class Config:
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
 
+    def _value(self, key: str, default: Any) -> Any:
+        """None is as good as nothing: files have `null` where a class takes its default."""
+        value = self.values.get(key)
+        return default if value is None else value
+
     def integer(self, key: str, default: Any = _MISSING) -> int:
-        """A positive integer. Raises ValueError where it is missing or none."""
-        value = self.values.get(key, default)
+        """A positive integer. Raises ValueError where it is missing or another value."""
+        value = self._value(key, default)
         if value is _MISSING:
             raise ValueError(f"{self.where} has no {key}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -49,13 +54,13 @@ class Config:
         return value
 
     def number(self, key: str, default: float) -> float:
-        value = self.values.get(key, default)
+        value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{self.where} has {key}={value!r}, expected a number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
+        value = self._value(key, default)
         if not isinstance(value, bool):
             raise ValueError(f"{self.where} has {key}={value!r}, expected true or false")
         return value

@@ -46,12 +46,12 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
     eps = config.number("rms_norm_eps", 1e-6)
     if kind == "qwen3" and eps != _QK_NORM_EPS:
         raise ValueError(f"{config.where} has rms_norm_eps={eps}; for qwen3 only {_QK_NORM_EPS} can be converted")
-    head_dim = config.get("head_dim") or (128 if kind == "qwen3" else None)
+    wide = kind == "qwen3" or config.get("head_dim") is not None
     mixer: dict[str, Any] = {
         "name": "softmax",
         "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or _default_kv_heads(kind, heads),
-        "head_dim": head_dim,
+        "num_kv_heads": config.integer("num_key_value_heads", _default_kv_heads(config, kind, heads)),
+        "head_dim": config.integer("head_dim", 128) if wide else None,
         "position": "rope",
         "rope_base": rope.base,
         "rope_scaling": rope.scaling,
@@ -83,9 +83,9 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
     )
 
 
-def _default_kv_heads(kind: str, heads: int) -> int:
-    """What the class of transformers takes where the config is silent."""
-    return {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(kind, heads)
+def _default_kv_heads(config: Config, kind: str, heads: int) -> int:
+    """What the class of transformers takes where the config is silent; null is as many as there are of queries."""
+    return heads if "num_key_value_heads" in config else {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(kind, heads)
 
 
 def _window(config: Config, kind: str) -> int | None:

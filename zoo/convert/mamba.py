@@ -60,7 +60,7 @@ def plan(config: Config, tensors: Mapping[str, Tensor]) -> Plan:
         "name": "mamba",
         "d_state": config.integer("state_size", 16),
         # transformers takes the width of the config where there is one, whatever expand says
-        "expand": config.get("intermediate_size", int(config.number("expand", 2) * dim)) / dim,
+        "expand": config.integer("intermediate_size", int(config.number("expand", 2) * dim)) / dim,
         "dt_rank": "auto" if rank == "auto" else config.integer("time_step_rank"),
         "dt_init": config.choice("time_step_init_scheme", {"random": "random", "constant": "constant"}, "random"),
         "dt_scale": config.number("time_step_scale", 1.0),
