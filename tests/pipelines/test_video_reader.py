@@ -309,6 +309,15 @@ def test_key_is_of_the_content(tmp_path: Path) -> None:
     copy.write_bytes(one.read_bytes())
     assert open_video(one).key == open_video(copy).key != open_video(two).key
     assert open_video(one).key == open_video(one, size=(8, 8)).key
+    content = one.read_bytes() + bytes(1 << 20)
+    keys = set()
+    for place in (None, 100, len(content) // 2, len(content) - 1):  # of the same length
+        changed = bytearray(content)
+        if place is not None:
+            changed[place] ^= 1
+        copy.write_bytes(changed)
+        keys.add(open_video(copy).key)
+    assert len(keys) == 4
 
 
 class Counted:
@@ -567,6 +576,21 @@ def test_decord_that_hangs_or_dies(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"a\.mp4: decord cannot decode it: decord crashed"):
         other.read([4])
     assert numbers_in(other.read([4])) == [4]
+
+
+def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """What installs them; "auto" takes the next without a word."""
+    path = write_video(tmp_path / "a.mp4", 3)
+    monkeypatch.setattr(decord_backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    assert open_video(path).backend == "av" and capfd.readouterr().err == ""
+    for backend, command in (("decord", r"pip install 'seqzoo\[video\]'"), ("torchcodec", "pip install torchcodec$")):
+        with pytest.raises(UserError, match=f"needs the package {backend}: {command}"):
+            open_video(path, backend=backend).read([0])
+    copy = write_video(tmp_path / "b.mp4", 3)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"needs the package av: pip install 'seqzoo\[video\]'"):
+        len(open_video(copy))
 
 
 def test_decord_is_refused_where_it_is_wrong(tmp_path: Path) -> None:

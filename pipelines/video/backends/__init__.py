@@ -69,12 +69,13 @@ def open_table(path: Path, *, threads: int, beat: Callable[[], None]) -> FrameTa
     return table
 
 
-def package(name: str) -> Any:
+def package(name: str, install: str = "'seqzoo[video]'") -> Any:
     """The module of that name. Raises UserError with the command that installs it."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:
-        if isinstance(error, ImportError) and getattr(error, "name", None) == name:
-            raise UserError(f"reading video needs the package {name}: pip install 'seqzoo[video]'") from None
-        first = " ".join(str(error).split())[:200]
-        raise UserError(f"the package {name} is installed and cannot be loaded: {first}") from None
+        missing = getattr(error, "name", None) or ""
+        top = name.split(".")[0]
+        if isinstance(error, ImportError) and missing in (name, top):
+            raise UserError(f"reading video needs the package {top}: pip install {install}") from None
+        raise UserError(f"the package {top} is installed and cannot be loaded: {one_line(error)[:200]}") from None

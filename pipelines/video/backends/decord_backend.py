@@ -36,7 +36,7 @@ def open_file(
 ) -> DecordDecoder:
     """Raises DecordError for a file in which decord would count frames differently."""
     if importlib.util.find_spec("decord") is None:
-        raise UserError("the package decord is not installed: pip install 'seqzoo[video]'")
+        raise UserError("reading video with decord needs the package decord: pip install 'seqzoo[video]'")
     if table.container not in _CONTAINERS:
         raise DecordError(f"decord does not count the frames of a {table.container} file right")
     if not table.alone:

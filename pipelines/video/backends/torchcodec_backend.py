@@ -31,10 +31,10 @@ class TorchcodecDecoder:
     def __init__(
         self, path: Path, table: FrameTable, *, size: tuple[int, int], threads: int, beat: Callable[[], None]
     ) -> None:
-        decoders: Any = package("torchcodec.decoders")
+        decoders: Any = package("torchcodec.decoders", "torchcodec")
         options: dict[str, Any] = {}
         if size != table.shown:
-            transforms: Any = package("torchcodec.transforms")
+            transforms: Any = package("torchcodec.transforms", "torchcodec")
             options["transforms"] = [transforms.Resize(size)]
         try:
             self._decoder = decoders.VideoDecoder(
