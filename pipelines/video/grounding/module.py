@@ -21,7 +21,7 @@ from .scores import GroundingSums, best_threshold
 from .videos import GroundingVideo, Seen
 
 # Of which validation takes the one with the best mIoU.
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 LARGEST_WEIGHT = 20.0
 _SHOWN = ("miou", "recall_at_0.5", "precision_at_0.5", "event_f1")
 Batch = dict[str, Tensor]
