@@ -141,6 +141,8 @@ def push_to_hub(
     found = parse_hub_id(repo_id)
     if found is None or found[1] is not None:
         raise ValueError(f"repo_id={repo_id!r} must be a name such as org/name; a branch is revision=...")
+    if saving and not isinstance(model, nn.Module):
+        raise ValueError(f"{', '.join(saving)}: a folder is uploaded as it was saved; give the model to save it anew")
     if api is None:
         api = _library().HfApi(token=token)
     with tempfile.TemporaryDirectory() as place:

@@ -16,7 +16,16 @@ pytest.importorskip("huggingface_hub.constants")  # a part of it that it does no
 
 
 from seqzoo.zoo import _hub as ours  # noqa: E402
-from seqzoo.zoo import create_model, load_model, push_to_hub, read_config, save_model  # noqa: E402
+from seqzoo.zoo import _weights as weights  # noqa: E402
+from seqzoo.zoo import (  # noqa: E402
+    Weights,
+    create_model,
+    load_model,
+    push_to_hub,
+    read_config,
+    register_weights,
+    save_model,
+)
 from seqzoo.zoo._files import file_sha256  # noqa: E402
 from seqzoo.zoo._hub import cache_folder, download, parse_hub_id  # noqa: E402
 
@@ -290,7 +299,25 @@ def test_push_a_folder(tmp_path):
     assert read_config(folder)["files"] == {"bpe.json": file_sha256(tmp_path / "bpe")}
 
 
+def test_records_of_the_hub(server, models, monkeypatch, tmp_path):
+    """Weights that do not ship, by tag: the record pins commit and hash."""
+    monkeypatch.setattr(weights, "_REGISTERED", {})
+    digest = file_sha256(server.commits[OLD] / "model.safetensors")
+    shared = {"model": "classifier_tiny", "num_parameters": 1, "source": f"org/name@{OLD}"}
+    register_weights(Weights(tag="here", sha256=digest, **shared))
+    register_weights(Weights(tag="other", sha256="0" * 64, **shared))
+    assert same(create_model("classifier_tiny.here", pretrained=True), models[OLD])
+    with pytest.raises(ValueError, match=rf"{digest}, its record says 0{{64}}"):
+        load_model("classifier_tiny.other")
+    register_weights(Weights(tag="odd", sha256=digest, **{**shared, "source": "no/such/thing"}))
+    with pytest.raises(ValueError, match="neither a folder nor org/name@revision"):
+        load_model("classifier_tiny.odd")
+
+
 def test_push_refuses(tmp_path):
+    folder = save_model(create_model("classifier_tiny", dim=16, depth=1), tmp_path / "saved")
+    with pytest.raises(ValueError, match="dtype: a folder is uploaded as it was saved"):
+        push_to_hub(folder, "org/name", api=FakeApi(), dtype="bfloat16")
     with pytest.raises(ValueError, match="must be a name such as org/name"):
         push_to_hub(create_model("classifier_tiny"), "name", api=FakeApi())
     with pytest.raises(ValueError, match="a branch is revision="):
