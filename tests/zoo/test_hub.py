@@ -15,8 +15,6 @@ hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub (seqzoo[hub
 pytest.importorskip("huggingface_hub.constants")  # a part of it that it does not import itself
 
 
-from seqzoo.zoo import _hub as ours  # noqa: E402
-from seqzoo.zoo import _weights as weights  # noqa: E402
 from seqzoo.zoo import (  # noqa: E402
     Weights,
     create_model,
@@ -26,6 +24,8 @@ from seqzoo.zoo import (  # noqa: E402
     register_weights,
     save_model,
 )
+from seqzoo.zoo import _hub as ours  # noqa: E402
+from seqzoo.zoo import _weights as weights  # noqa: E402
 from seqzoo.zoo._files import file_sha256  # noqa: E402
 from seqzoo.zoo._hub import cache_folder, download, parse_hub_id  # noqa: E402
 
