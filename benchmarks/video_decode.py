@@ -34,6 +34,7 @@ from _measure import hardware, versions
 from _report import markdown
 from _runs import RESULTS, write_result
 
+from seqzoo.pipelines.video import backends as video_backends
 from seqzoo.pipelines.video.backends import decord_backend
 from seqzoo.pipelines.video.reader import open_video
 
@@ -157,6 +158,7 @@ def opening(path: Path, name: str, backends: list[str], rounds: int) -> list[dic
     seconds: dict[str, list[float]] = {backend: [] for backend in backends}
     for turn in range(rounds + 1):
         for backend in backends:
+            video_backends._tables.clear()  # of the frames of files that were opened before
             begin = clock()
             if backend == ALONE:
                 way(path, backend, (224, 224))([0])
