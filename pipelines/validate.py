@@ -111,10 +111,11 @@ def validate_names(cfg: Mapping[str, Any]) -> None:
         _check_name(cfg, "scheduler", SCHEDULERS)
         model = _check_name(cfg, "model", list_models())
         _check_options(cfg["model"], "model", model, {**model_info(model).options, **dict.fromkeys(TRANSFER)})
-        wanted = model_info(model).task
-        if task != wanted:
+        # a task may train the models of another
+        wanted, of = model_info(model).task, getattr(task_package(task), "MODELS", task)
+        if wanted != of:
             raise UserError(
-                f"model {model!r} is for the task {wanted!r}, not {task!r}.{nearest('', list_models(task=task))}"
+                f"model {model!r} is for the task {wanted!r}, not {task!r}.{nearest('', list_models(task=of))}"
             )
     mixer = cfg.get("mixer")
     if isinstance(mixer, Mapping) and "_target_" not in mixer:

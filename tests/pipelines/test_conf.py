@@ -53,7 +53,7 @@ NEEDED = {
     ("data", "text"): ["data.path=books"],
     **{("data", name): ["data.path=labels"] for name in ("labelled", "lra_text", "lra_retrieval", "lra_image")},
     **{("data", name): ["data.path=talks.csv"] for name in ("audio_clips", "audio_spans", "audio_pairs")},
-    **{("data", name): ["data.path=videos.csv"] for name in ("video", "video_clips", "video_spans")},
+    **{("data", name): ["data.path=videos.csv"] for name in ("video", "video_clips", "video_folder", "video_spans")},
     ("mixer", "custom"): ["mixer._target_=a.B"],
 }
 # Experiments of the user's own files.
@@ -61,7 +61,7 @@ NEEDED |= {
     ("experiment", name): ["data.path=labels"]
     for name in EXPERIMENTS
     if name in ("forecasting/zero_shot", "documents/labelled", "audio/classify", "audio/spans")
-    or name in ("video/classify", "video/search", "video/spans")
+    or name in ("video/classify", "video/pretrain", "video/search", "video/spans")
     or name.startswith(("lra/text", "lra/retrieval", "lra/image"))
 }
 TEXT_DATA = ("stdlib", "text")
@@ -91,6 +91,7 @@ SOURCE_DATA: dict[str, tuple[str, set[str]]] = {
     "audio_spans": ("audio_events", COMPOSED),
     "video": ("video_search", set()),
     "video_clips": ("video_classify", set()),
+    "video_folder": ("video_pretrain", set()),
     "video_composed": ("video_grounding", {"format", "videos", "columns", "missing", "end_tolerance"}),
     "video_spans": ("video_grounding", COMPOSED_VIDEO),
 }
