@@ -122,7 +122,7 @@ def _decode_av(path: str) -> str:
 def _decode_torchcodec(path: str) -> str:
     from torchcodec.decoders import VideoDecoder
 
-    decoder = VideoDecoder(path)
+    decoder: Any = VideoDecoder(path)
     return _frames([float(decoder[i].float().mean()) for i in range(len(decoder))])
 
 

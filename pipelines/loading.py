@@ -114,6 +114,16 @@ class BucketSampler(IndexSampler):
         return self._bucketed[1]
 
 
+class NumberSampler(IndexSampler):
+    """Arrays of numbers that never come again, batch by batch; which ones is a function of epoch and step alone."""
+
+    def __init__(self, batch_size: int, *, steps: int) -> None:
+        super().__init__(batch_size, batch_size, shuffle=True, steps=steps)
+
+    def _permutation(self, cycle: int) -> np.ndarray:
+        return np.arange(cycle * self.batch_size, (cycle + 1) * self.batch_size, dtype=np.int64)
+
+
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader over an `IndexSampler` that knows its position: training resumes within an epoch."""
 

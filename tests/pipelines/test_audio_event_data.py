@@ -17,9 +17,9 @@ pytest.importorskip("torchaudio", reason="needs seqzoo[audio]")
 from event_recordings import COMPOSED, RATE, composed, fill, spans, write  # noqa: E402
 
 from seqzoo.pipelines.audio.events.data import AudioEventData  # noqa: E402
-from seqzoo.pipelines.audio.events.recordings import EventRecording, NumberSampler, collate  # noqa: E402
+from seqzoo.pipelines.audio.events.recordings import EventRecording, collate  # noqa: E402
 from seqzoo.pipelines.errors import UserError  # noqa: E402
-from seqzoo.pipelines.loading import ResumableLoader, loader_options  # noqa: E402
+from seqzoo.pipelines.loading import NumberSampler, ResumableLoader, loader_options  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError, check_whole, nearest
-from ...loading import IndexSampler, ResumableLoader, loader_options
+from ...loading import IndexSampler, NumberSampler, ResumableLoader, loader_options
 from ...spans import union
 from ..backgrounds import Background, cut_backgrounds
 from ..clips import SPLITS, Clip, assign_splits, check_overlaps
@@ -28,7 +28,6 @@ from .recordings import (
     EventRecording,
     FileRecording,
     FileWindows,
-    NumberSampler,
     RecordingSet,
 )
 

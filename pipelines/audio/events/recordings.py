@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...loading import IndexSampler
 from ..clips import Clip, at_row
 from ..composer import Composer, Composition
 from ..faults import AudioError
@@ -95,16 +94,6 @@ class RecordingSet(Dataset[Any]):
 
     def __getitem__(self, index: np.ndarray) -> dict[str, EventRecording]:
         return {"recording": self.recordings[int(index[0])]}
-
-
-class NumberSampler(IndexSampler):
-    """Arrays of numbers that never come again, batch by batch; which ones is a function of epoch and step alone."""
-
-    def __init__(self, batch_size: int, *, steps: int) -> None:
-        super().__init__(batch_size, batch_size, shuffle=True, steps=steps)
-
-    def _permutation(self, cycle: int) -> np.ndarray:
-        return np.arange(cycle * self.batch_size, (cycle + 1) * self.batch_size, dtype=np.int64)
 
 
 class ComposedWindows(Dataset[Any]):

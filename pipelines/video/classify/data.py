@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...audio.events.recordings import NumberSampler
 from ...errors import UserError, check_whole, nearest
 from ...labelled_tables import TABLES
-from ...loading import IndexSampler, ResumableLoader, loader_options
+from ...loading import IndexSampler, NumberSampler, ResumableLoader, loader_options
 from ..cache import FeatureCache
 from ..clips import SPLITS, VideoClip, assign_splits, shared_between
 from ..faults import VideoError

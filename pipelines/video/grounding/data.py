@@ -10,9 +10,8 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from ...audio.events.recordings import NumberSampler
 from ...errors import UserError, check_whole, nearest
-from ...loading import IndexSampler, ResumableLoader, loader_options
+from ...loading import IndexSampler, NumberSampler, ResumableLoader, loader_options
 from ..cache import FeatureCache
 from ..clips import SPLITS, VideoClip, assign_splits, cut_clips
 from ..composer import Composer
