@@ -88,11 +88,12 @@ def main() -> None:
             rows.append({"context, s": context, **compared(module, whole, windows, given.minutes)})
             print(rows[-1], flush=True)
     settings = {"minutes": given.minutes, "window": WINDOW, "model": model}
-    record = {"settings": settings, "hardware": hardware(torch.device("cpu")), "rows": rows}
+    command = f"python benchmarks/{NAME}.py CHECKPOINT --minutes {given.minutes:g}"
+    record = {"settings": settings, "command": command, "hardware": hardware(torch.device("cpu")), "rows": rows}
     written = write_result(NAME, record, given.out)
     page = [
         "# Windows against the whole",
-        f"`python benchmarks/audio_windows.py CHECKPOINT --minutes {given.minutes:g}`, with the best checkpoint of "
+        f"`{command}`, with the best checkpoint of "
         f"`lightning fit experiment=audio/find` ({model['name']}, {model['mixer']['name']} both ways, positions: "
         f"{model['position']}): probabilities of {len(whole):,} tokens and {whole.shape[1]} labels, heard in windows "
         f"that keep {WINDOW:g} seconds and hear so many more on either side, against hearing all at once.",
