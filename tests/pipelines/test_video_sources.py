@@ -94,9 +94,7 @@ def test_rows_that_are_wrong(root: Path, rows: str, message: str) -> None:
 
 def test_charades_sta(root: Path) -> None:
     file = root / "charades_sta_test.txt"
-    file.write_text(
-        "AO8RW 0.0 6.9##a person is putting  a book on a shelf.\n\n3MSZA 24.3 30.4##turn a light on.\n"
-    )
+    file.write_text("AO8RW 0.0 6.9##a person is putting  a book on a shelf.\n\n3MSZA 24.3 30.4##turn a light on.\n")
     first, second = charades_clips(file, root)
     assert first[:4] == (root / "AO8RW.mp4", 0.0, 6.9, "a person is putting a book on a shelf.")
     assert second[:4] == (root / "sub" / "3MSZA.avi", 24.3, 30.4, "turn a light on.")
