@@ -182,6 +182,8 @@ def test_windows_are_what_their_pixels_say(folder: Path) -> None:
     ends = batch["inside"][:, 1:] - batch["inside"][:, :-1]
     starts = torch.cat((batch["inside"][:, :1], ends.clamp_min(0)), 1)
     torch.testing.assert_close(batch["edges"][..., 0], starts / starts.sum(1, keepdim=True).clamp_min(1))
+    lasts = torch.cat(((-ends).clamp_min(0), batch["inside"][:, -1:]), 1)
+    torch.testing.assert_close(batch["edges"][..., 1], lasts / lasts.sum(1, keepdim=True).clamp_min(1))
     torch.testing.assert_close(batch["edges"].sum(1), (~empty).float().unsqueeze(1).expand(-1, 2))
     same = windows[np.array([7, 3])]
     torch.testing.assert_close(same["features"], batch["features"][[7, 3]], rtol=0, atol=0)
