@@ -90,7 +90,8 @@ def measure(name: str, options: argparse.Namespace, run_dir: Path) -> list[dict[
         f"model.depth={options.depth}",
         f"model.mlp_ratio={ratio}",
         "model.front_end.stack=4",
-        # as long as those of training: rotary positions do not reach further
+        "model.position=sinusoidal",
+        # as long as those of training: neither positions reach further
         "task.window=null",
         "task.window_overlap=2",
         f"data.path='{options.digits}'",
