@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from ..errors import UserError, check_whole, nearest
+from ..labelled_data import check_labels_known
 from ..loading import BucketSampler, IndexSampler, ResumableLoader, loader_options
 from ..text.tokenizer import Tokenizer, create_tokenizer
 from .arena import SOURCES, check_settings, load_arena
@@ -176,12 +177,7 @@ class DocumentData(L.LightningDataModule):
 
     def use_labels(self, labels: Sequence[str]) -> None:
         """Number the labels as a trained model does. Raises UserError for one that it does not know."""
-        for label in self.labels:
-            if label not in labels:
-                raise UserError(
-                    f"data.path={self.path} has the label {label!r}, which the model does not know."
-                    f"{nearest(label, labels)}"
-                )
+        check_labels_known(self.labels, labels, self.path)
         places = np.array([labels.index(label) for label in self.labels], dtype=np.int64)
         for name, documents in self.sets.items():
             known = documents.labels >= 0

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError, check_whole, nearest
+from ...labelled_data import LabelledClipData, labels_of, limited
 from ...labelled_tables import TABLES
 from ...loading import BucketSampler, IndexSampler, ResumableLoader, loader_options
 from ..clips import SPLITS, Clip, assign_splits, read_clip, shared_between
@@ -71,7 +71,7 @@ class ClipBatches(Dataset[Any]):
         raise UserError("no training clip can be read")
 
 
-class AudioClipData(L.LightningDataModule):
+class AudioClipData(LabelledClipData[Clip]):
     """Labelled clips, for fit, validate, test and predict.
 
     source: "files", the user's own at `path`: a folder whose sub-folders are labels, a folder with a `pattern` of its
@@ -138,10 +138,6 @@ class AudioClipData(L.LightningDataModule):
         self.sample_rate, self.max_seconds, self.limit = sample_rate, max_seconds, limit
         self.bucket, self.batch_size, self.eval_batch_size = bucket, batch_size, eval_batch_size
         self.steps, self.num_workers, self.seed = steps, num_workers, seed
-        self.tested = False
-        self.labels: list[str] = []
-        self.sets: dict[str, list[Clip]] = {}
-        self.notes: list[str] = []
         self.bad: BadFiles | None = None
 
     def load(self) -> None:
@@ -158,14 +154,8 @@ class AudioClipData(L.LightningDataModule):
         sets["train"] = checked_clips(sets["train"], self.bad)
         for stage in SPLITS[1:]:
             sets[stage] = checked_clips(sets[stage])
-        self.labels = sorted({clip.label for clip in sets["train"]})
-        for clip in sets["val"] + sets["test"]:
-            if clip.label not in self.labels:
-                raise UserError(f"no training clip that can be read has the label {clip.label!r}, {clip.name} has it")
-        if self.limit is not None:
-            # seeded order, so that it takes of all labels
-            order = np.random.default_rng(self.split_seed).permutation(len(sets["train"]))
-            sets["train"] = [sets["train"][row] for row in sorted(order[: self.limit].tolist())]
+        self.labels = labels_of(sets["train"], sets["val"] + sets["test"])
+        sets["train"] = limited(sets["train"], self.limit, self.split_seed)
         for stage, clips in sets.items():
             self.sets[stage], longer = cut(clips, self.max_seconds)
             if longer:
@@ -173,25 +163,6 @@ class AudioClipData(L.LightningDataModule):
                     f"{stage}: {longer:,} of {len(clips):,} clips are longer than data.max_seconds="
                     f"{self.max_seconds:g} and are cut"
                 )
-
-    def prepare_data(self) -> None:
-        self.load()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Find the clips and see that the stage has some of at least two labels."""
-        self.load()
-        stages = {"validate": ("val",), "test": ("test",)}
-        for needed in stages.get(stage or "fit", SPLITS if self.tested else SPLITS[:2]):
-            if not self.sets[needed]:
-                hint = "; test_after_fit=false trains without" if needed == "test" and stage == "fit" else ""
-                raise UserError(
-                    f"data.path={self.path}: no clip for {needed}, data.split_ratio={list(self.split_ratio)}{hint}"
-                )
-        if stage in (None, "fit") and len({clip.label for clip in self.sets["train"]}) < 2:
-            raise UserError(
-                f"the training clips have one label only, {self.labels[0]!r}: nothing can be told apart; "
-                "give clips of at least two"
-            )
 
     def schema(self) -> dict[str, Any]:
         """What a model needs to know of its data, and a later process to classify: plain values only."""
@@ -203,21 +174,6 @@ class AudioClipData(L.LightningDataModule):
             "sample_rate": self.sample_rate,
             "max_seconds": self.max_seconds,
         }
-
-    def counts(self, stage: str) -> np.ndarray:
-        """int64 (C,): clips of each label."""
-        places = [self.labels.index(clip.label) for clip in self.sets[stage]]
-        return np.bincount(np.array(places, dtype=np.int64), minlength=len(self.labels))
-
-    def use_labels(self, labels: Sequence[str]) -> None:
-        """Number the labels as a trained model does. Raises UserError for one that it does not know."""
-        for label in self.labels:
-            if label not in labels:
-                raise UserError(
-                    f"data.path={self.path} has the label {label!r}, which the model does not know."
-                    f"{nearest(label, labels)}"
-                )
-        self.labels = list(labels)
 
     def measured(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples (B, T) and lengths (B,) of some training clips, for the statistics of features."""
@@ -242,12 +198,6 @@ class AudioClipData(L.LightningDataModule):
             else IndexSampler(len(clips), self.batch_size, shuffle=True, seed=self.seed, steps=self.steps)
         )
         return ResumableLoader(self.batches(clips, self.bad), sampler=sampler, **loader_options(self.num_workers))
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.evaluation(self.sets["val"])
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self.evaluation(self.sets["test"])
 
     def evaluation(self, clips: Sequence[Clip]) -> DataLoader[Any]:
         """Every clip once, in order."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError, check_whole, nearest
+from ...labelled_data import check_labels_known
 from ...loading import IndexSampler, NumberSampler, ResumableLoader, loader_options
 from ...spans import union
 from ..backgrounds import Background, cut_backgrounds
@@ -282,12 +283,7 @@ class AudioEventData(L.LightningDataModule):
 
     def use_labels(self, labels: Sequence[str]) -> None:
         """Number the labels as a trained model does. Raises UserError for one that it does not know."""
-        for label in self.labels:
-            if label not in labels:
-                raise UserError(
-                    f"data.path={self.path} has the label {label!r}, which the model does not know."
-                    f"{nearest(label, labels)}"
-                )
+        check_labels_known(self.labels, labels, self.path)
         place = [labels.index(label) for label in self.labels]
         for recordings in self.recordings.values():
             for recording in recordings:

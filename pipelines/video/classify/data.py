@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError, check_whole, nearest
+from ...labelled_data import LabelledClipData, labels_of, limited
 from ...labelled_tables import TABLES
 from ...loading import IndexSampler, NumberSampler, ResumableLoader, loader_options
 from ..cache import FeatureCache
@@ -92,7 +92,7 @@ def padded(found: Sequence[Looked]) -> dict[str, Tensor]:
     return {"frames": torch.from_numpy(frames), "mask": torch.from_numpy(mask), "times": torch.from_numpy(times)}
 
 
-class VideoClipData(L.LightningDataModule):
+class VideoClipData(LabelledClipData[VideoClip]):
     """Labelled videos, or spans of them, for fit, validate, test and predict.
 
     path: a folder whose sub-folders are labels, a folder with a `pattern` of its file names ("{label}_{group}"), or a
@@ -182,10 +182,6 @@ class VideoClipData(L.LightningDataModule):
         self.cache = FeatureCache(cache_dir, int(cache_gb * 2**30)) if cache_gb else None
         self.limit, self.batch_size, self.eval_batch_size = limit, batch_size, eval_batch_size
         self.steps, self.num_workers, self.seed = steps, num_workers, seed
-        self.tested = False
-        self.labels: list[str] = []
-        self.sets: dict[str, list[VideoClip]] = {}
-        self.notes: list[str] = []
         self.bad: BadFiles | None = None
         self._looking: Looking | None = None
 
@@ -222,37 +218,13 @@ class VideoClipData(L.LightningDataModule):
         sets["train"] = checked_clips(sets["train"], self.bad, backend=self.backend)
         for stage in SPLITS[1:]:
             sets[stage] = checked_clips(sets[stage], backend=self.backend)
-        if self.limit is not None:
-            order = np.random.default_rng(self.split_seed).permutation(len(sets["train"]))
-            sets["train"] = [sets["train"][row] for row in sorted(order[: self.limit].tolist())]
+        sets["train"] = limited(sets["train"], self.limit, self.split_seed)
         if isinstance(self.looking, Vectors):
             sets["train"] = self.looking.fill(sets["train"], training=True, bad=self.bad)
             for stage in SPLITS[1:]:
                 sets[stage] = self.looking.fill(sets[stage], training=False)
-        self.labels = sorted({clip.label for clip in sets["train"]})
-        for clip in sets["val"] + sets["test"]:
-            if clip.label not in self.labels:
-                raise UserError(f"no training clip that can be read has the label {clip.label!r}, {clip.name} has it")
+        self.labels = labels_of(sets["train"], sets["val"] + sets["test"])
         self.sets = sets
-
-    def prepare_data(self) -> None:
-        self.load()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Find the clips and see that the stage has some of at least two labels."""
-        self.load()
-        stages = {"validate": ("val",), "test": ("test",)}
-        for needed in stages.get(stage or "fit", SPLITS if self.tested else SPLITS[:2]):
-            if not self.sets[needed]:
-                hint = "; test_after_fit=false trains without" if needed == "test" and stage == "fit" else ""
-                raise UserError(
-                    f"data.path={self.path}: no clip for {needed}, data.split_ratio={list(self.split_ratio)}{hint}"
-                )
-        if stage in (None, "fit") and len(self.labels) < 2:
-            raise UserError(
-                f"the training clips have one label only, {self.labels[0]!r}: nothing can be told apart; "
-                "give clips of at least two"
-            )
 
     def schema(self) -> dict[str, Any]:
         """What a model needs to know of its data, and a later process to classify: plain values only."""
@@ -271,21 +243,6 @@ class VideoClipData(L.LightningDataModule):
             "size": None if vectors else self.size,
         }
 
-    def counts(self, stage: str) -> np.ndarray:
-        """int64 (C,): clips of each label."""
-        places = [self.labels.index(clip.label) for clip in self.sets[stage]]
-        return np.bincount(np.array(places, dtype=np.int64), minlength=len(self.labels))
-
-    def use_labels(self, labels: Sequence[str]) -> None:
-        """Number the labels as a trained model does. Raises UserError for one that it does not know."""
-        for label in self.labels:
-            if label not in labels:
-                raise UserError(
-                    f"data.path={self.path} has the label {label!r}, which the model does not know."
-                    f"{nearest(label, labels)}"
-                )
-        self.labels = list(labels)
-
     # loaders ----------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -295,12 +252,6 @@ class VideoClipData(L.LightningDataModule):
         batches = VideoBatches(clips, self.labels, self.looking, sampling, seed=self.seed, bad=self.bad)
         sampler = NumberSampler(self.batch_size, steps=steps)
         return ResumableLoader(batches, sampler=sampler, **loader_options(self.num_workers))
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.evaluation(self.sets["val"])
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self.evaluation(self.sets["test"])
 
     def evaluation(self, clips: Sequence[VideoClip]) -> DataLoader[Any]:
         """Every clip once, in order."""
