@@ -38,7 +38,7 @@ class LabelledClipData(L.LightningDataModule, Generic[ClipT]):
     """A data module of labelled clips. sets: of each stage, filled by `load`. labels: those of the training clips.
     tested: whether a fit needs test clips. notes: what is to be said of the data."""
 
-    path: str | Path | None
+    path: str | None
     split_ratio: Sequence[float]
 
     def __init__(self) -> None:
