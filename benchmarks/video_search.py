@@ -261,12 +261,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for name, choose in ways.items():
                 scores = summary(run(choose, cases, AT), cases)
                 costs.append({"kind": kind, "sampler": name, "share": share, **scores})
-        print(markdown(table(cells, kind)), flush=True)
+        print(markdown(table(cells, kind, options.queries)), flush=True)
     return {"haystacks": stacks, "cells": cells, "costs": costs}
 
 
-def table(cells: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """A line for each sampler: recall and mIoU by budget."""
+def table(cells: Sequence[dict[str, Any]], kind: str, queries: int) -> list[dict[str, Any]]:
+    """A line for each sampler: recall and mIoU by budget, and what it costs. queries: videos of each kind."""
     lines: dict[str, dict[str, Any]] = {}
     for cell in cells:
         if cell["kind"] == kind:
@@ -279,6 +279,9 @@ def table(cells: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
         if cell["kind"] == kind and cell["budget"] == AT:
             cost = "" if cell["sampler"].startswith("(") else f"{cell['scored']:.0f}"
             lines[cell["sampler"]][f"frames scored, {AT}"] = cost
+            # what is chosen is decoded too, where no score was asked
+            decoded = queries * max(cell["scored"], cell["chosen"]) / max(cell["found"], 1)
+            lines[cell["sampler"]][f"decoded for an event found, {AT}"] = f"{decoded:.0f}" if cost else ""
     return list(lines.values())
 
 
@@ -372,7 +375,7 @@ def page(record: dict[str, Any], command: str) -> str:
         facts = record["haystacks"][kind]
         parts += [
             f"## Events: {name}",
-            markdown(table(record["cells"], kind)),
+            markdown(table(record["cells"], kind, record["settings"]["queries"])),
             f"With {AT} frames: " + ", ".join(ratios(record["cells"], kind)) + ".",
             "Recall: the share of the events with a chosen frame in them, ± the standard error over videos. mIoU: over "
             "queries, of the union of the spans. The last line chooses with the truth: some events lie between frames, "
