@@ -101,10 +101,11 @@ def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise ValueError(f"{path} is a pickle under the name of a safetensors file; it is not opened")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
+            # a header's length may begin with the same bytes, but then it fits into the file
+            if start[:2] == b"PK" or start[:1] == b"\x80":
+                raise ValueError(f"{path} is a pickle under the name of a safetensors file; it is not opened")
             raise ValueError(
                 f"{path} is cut off or no safetensors file: its header claims {length:,} bytes, the file has {size:,}"
             )

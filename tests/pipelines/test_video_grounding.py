@@ -410,6 +410,7 @@ def test_composed_videos_from_the_command(folder: Path, tmp_path: Path, colours:
     """The task is easy: the vector of a frame is that of its colour's name. What is found by training is found again by
     the checkpoint, and in a file."""
     composed = ["experiment=video/find", "data.clips=folder", f"data.path={folder / 'events'}", "data.window=20"]
+    composed += ["data.labels=null"]
     composed += [f"data.footage={folder / 'footage'}", "data.val_minutes=0.5", "data.test_minutes=1", "data.min_gap=1"]
     composed += ["data.split_ratio=[0.34,0.33,0.33]", "data.event_seconds=[2,4]", "data.val_videos=2"]
     composed += ["data.test_videos=2", "task.window_overlap=4", "data.piece_seconds=[1,3]"]

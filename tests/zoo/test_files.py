@@ -194,6 +194,15 @@ def test_a_pickle_renamed_is_not_opened(saved, tmp_path):
     assert not proof.exists()
 
 
+@pytest.mark.parametrize("length", [0x80, 0x180, int.from_bytes(b"PK", "little")])
+def test_a_header_as_long_as_a_pickle_begins_is_read(tmp_path, length):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    content = torch.tensor([1.0, -2.0]).numpy().tobytes()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + content)
+    assert files.read_state(path)["w"].tolist() == [1.0, -2.0]
+
+
 def test_headers_that_lie(saved):
     _, folder = saved
     good = (folder / "model.safetensors").read_bytes()
