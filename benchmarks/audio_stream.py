@@ -34,7 +34,10 @@ from seqzoo.pipelines.audio.known import digit_clips
 WAYS: dict[str, list[str]] = {
     "mamba2, windows": ["experiment=audio/find"],
     "mamba2, causal, state": ["experiment=audio/find_causal"],
-    "softmax, windows": ["experiment=audio/find", "mixer=softmax"],
+    "softmax, windows": [
+        *("experiment=audio/find", "mixer=softmax", "mixer.position=rope"),
+        *("task.window=null", "task.window_overlap=2", "task.windows_at_once=8"),  # as long as those of training
+    ],
 }
 SOURCE_RATE = 16000
 NAME = "audio_stream"
