@@ -187,14 +187,15 @@ def test_hole_in_the_middle(codec: str, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_stream_that_comes_up_later(tmp_path: Path) -> None:
-    """In a transport stream, of which nothing was there when the file was opened: PyAV fails at its packet."""
+    """In a transport stream, of which nothing was there when the file was opened: PyAV before 19 fails at its packet."""
     data = bytearray(write_video(tmp_path / "a.ts", 60, key_every=1, between=0).read_bytes())
     starts = [k for k in range(0, len(data), 188) if data[k + 1] & 0x40 and data[k + 1 : k + 3] == b"\x41\x00"]
     data[starts[-9] + 2] = 0x33  # the packets of one frame have a number of their own
     path = tmp_path / "late.ts"
     path.write_bytes(data)
-    with av.open(str(path)) as file, pytest.raises(IndexError):
-        list(file.demux(video=0))
+    if int(av.__version__.split(".")[0]) < 19:
+        with av.open(str(path)) as file, pytest.raises(IndexError):
+            list(file.demux(video=0))
     reader = open_video(path)
     found = numbers_in(reader.read(range(len(reader))))
     assert found == [*range(51), *range(52, 60)]

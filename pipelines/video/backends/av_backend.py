@@ -228,7 +228,9 @@ class AvDecoder:
 
 def _opened(av: Any, path: Path) -> Any:
     try:
-        return av.open(str(path.absolute()), metadata_errors="replace")
+        # titles in another encoding than UTF-8; PyAV 19 replaces what it cannot read and has no such option
+        options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+        return av.open(str(path.absolute()), **options)
     except av.FFmpegError as error:
         raise VideoError(f"{path} is not a video that can be read ({_reason(error)})", "not video") from None
 
