@@ -187,7 +187,7 @@ def test_hole_in_the_middle(codec: str, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_stream_that_comes_up_later(tmp_path: Path) -> None:
-    """In a transport stream, of which nothing was there when the file was opened: PyAV before 19 fails at its packet."""
+    """In a transport stream, of which nothing was there when it was opened: PyAV before 19 fails at its packet."""
     data = bytearray(write_video(tmp_path / "a.ts", 60, key_every=1, between=0).read_bytes())
     starts = [k for k in range(0, len(data), 188) if data[k + 1] & 0x40 and data[k + 1 : k + 3] == b"\x41\x00"]
     data[starts[-9] + 2] = 0x33  # the packets of one frame have a number of their own
