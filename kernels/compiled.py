@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from .tracing import constant_result
 
 _LOG = logging.getLogger("seqzoo")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
@@ -39,7 +39,7 @@ def compiler() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def refusal(source: Path) -> str | None:
     """Why the form in this source cannot run here, or None; cheap, nothing is built."""
     if source in _LOADED:

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
+from .tracing import constant_result
+
 
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors too."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def unusable() -> str | None:
     """Why no Triton kernel can run in this process, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -39,7 +41,7 @@ def lazily(module: str, name: str, package: str) -> Callable[..., Any]:
 
     full = importlib.util.resolve_name(module, package)
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def load() -> bool:
         importlib.import_module(full)
         return True

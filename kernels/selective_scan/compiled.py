@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import library, refusal
+from ..tracing import constant_result
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 VECTOR_BYTES = 64  # of the widest vectors of the source: narrower ones need no more room
@@ -25,7 +26,7 @@ CHUNK_STATES = 1024  # T N: four buffers of as many vectors fit in the second ca
 TASK = 1 << 15  # updates of a state that are worth a thread
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def refusal_here() -> str | None:
     """Why this form cannot run here, or None; a compiler that traces a choice asks once (a path it could not pass)."""
     return refusal(SOURCE)

@@ -102,3 +102,24 @@ def test_the_examples_in_docstrings_hold():
     for name in library():
         result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
         assert result.failed == 0, f"a doctest of {name} fails; see the captured output"
+
+
+def test_building_a_model_imports_no_compiler():
+    """torch._dynamo takes more than a second, triton and timm another each."""
+    done = python(
+        "import sys, seqzoo\n"
+        "assert 'mamba2_tiny' in seqzoo.list_models()\n"
+        "seqzoo.create_model('mamba2_tiny')\n"
+        "heavy = {'torch._dynamo', 'triton', 'timm', 'transformers', 'lightning'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_constants_are_marked_as_the_compiler_marks_them():
+    import torch
+
+    from seqzoo.kernels.tracing import constant_result
+
+    ours, theirs = constant_result(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(ours) == vars(theirs) != {}
