@@ -48,21 +48,36 @@ def frame_cells(
     return np.stack((left, right), axis=1)
 
 
-def score_levels(scores: np.ndarray, *, high: float = 0.5, low: float = 0.3, contrast: float = 2.0) -> Levels:
-    """The levels at the parts `high` and `low` of the way from the median of the scores (N,) to the highest.
+def score_levels(
+    scores: np.ndarray,
+    *,
+    high: float = 0.5,
+    low: float = 0.3,
+    contrast: float = 2.0,
+    floor: float | None = None,
+    threshold: float | None = None,
+) -> Levels:
+    """The levels at the parts `high` and `low` of the way from a base to the highest of the scores (N,).
 
-    So what is looked for must be seen for less than half of the video. contrast: where the highest is not so many
-    robust standard deviations (1.4826 times the median distance from the median) above it, the levels are infinite.
+    The base is the median, what most frames have that show something else. contrast: nothing is found (the levels are
+    infinite) where the highest is not so many robust standard deviations, 1.4826 times the median distance from the
+    median, above it. floor: the least score of what fits a query at all, None: unknown; nothing is found below it, and
+    where more than half of the frames are above the level that starts from it, what is looked for is seen most of the
+    time, and it is the base. threshold: a score instead of `high`. Raises UserError unless 0 <= low <= high <= 1.
     """
     if not 0 <= low <= high <= 1:
         raise UserError(f"low={low!r} and high={high!r} must be in order, from 0 to 1")
     if not len(scores):
         return Levels(math.inf, math.inf)
     middle, top = float(np.median(scores)), float(np.max(scores))
+    if threshold is not None:
+        return Levels(threshold, min(threshold, middle + (threshold - middle) * low / high if high else threshold))
     spread = 1.4826 * float(np.median(np.abs(scores - middle)))
-    if top <= middle or top - middle < contrast * spread:
+    least = -math.inf if floor is None else floor
+    if top < least or (top <= middle and floor is None) or top - middle < contrast * spread:
         return Levels(math.inf, math.inf)
-    return Levels(middle + high * (top - middle), middle + low * (top - middle))
+    base = least if floor is not None and middle >= floor + high * (top - floor) else middle
+    return Levels(max(base + high * (top - base), least), base + low * (top - base))
 
 
 def score_spans(
@@ -74,7 +89,7 @@ def score_spans(
     min_seconds: float = 0.0,
     start: float | None = None,
     end: float | None = None,
-    **options: float,
+    **options: float | None,
 ) -> list[Span]:
     """The spans in which scores stand out, by start.
 
@@ -88,7 +103,7 @@ def score_spans(
     cells = frame_cells(times, start=start, end=end)
     if scores.shape != (len(cells),) or not np.isfinite(scores).all():
         raise UserError(f"scores must be finite, one for each of the {len(cells)} times")
-    levels = score_levels(scores, **options) if levels is None else levels
+    levels = score_levels(scores, **options) if levels is None else levels  # type: ignore[arg-type]
     if levels.low > levels.high:
         raise UserError(f"levels.low={levels.low!r} must not be above levels.high={levels.high!r}")
     edges = np.flatnonzero(np.diff(np.concatenate(([0], (scores >= levels.low).astype(np.int8), [0]))))

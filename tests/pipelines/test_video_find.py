@@ -15,7 +15,7 @@ from seqzoo.pipelines.video.faults import VideoError
 from seqzoo.pipelines.video.reader import open_video
 from seqzoo.pipelines.video.search import predict as module
 from seqzoo.pipelines.video.search.data import SearchData
-from seqzoo.pipelines.video.search.finding import SPANS, check_spans, decode_spans, find, span_levels
+from seqzoo.pipelines.video.search.finding import SPANS, check_spans, decode_spans, find
 from seqzoo.pipelines.video.search.task import NEEDS_CHECKPOINT, Data, predict
 
 av = pytest.importorskip("av", reason="av (seqzoo[video]) is not installed")
@@ -286,21 +286,6 @@ def test_an_example_is_named_by_its_file(tmp_path: Path):
 
 
 # spans ----------------------------------------------------------------------------------------------------------------
-
-
-def test_levels_from_the_median_the_floor_and_a_threshold():
-    scores = np.array([0.2] * 8 + [0.6, 0.6])
-    assert span_levels(scores, high=0.5, low=0.25) == pytest.approx((0.4, 0.3))
-    assert span_levels(scores, high=0.5, low=0.25, floor=0.5) == pytest.approx((0.5, 0.3))  # at least the floor
-    assert span_levels(scores, floor=0.7).high == np.inf
-    assert span_levels(np.full(5, 0.3)).high == np.inf  # nothing is more than anything else
-    # seen most of the time: from the floor, not from the median
-    most = np.array([0.8] * 8 + [0.1, 0.1])
-    assert span_levels(most, high=0.5, low=0.25, floor=0.2) == pytest.approx((0.5, 0.35))
-    assert span_levels(most).high == np.inf
-    assert span_levels(scores, high=0.5, low=0.25, threshold=0.5) == pytest.approx((0.5, 0.35))
-    noisy = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.55])
-    assert span_levels(noisy, contrast=2.0).high == np.inf and span_levels(noisy, contrast=0.5).high < 0.55
 
 
 def test_the_best_span_is_first_and_what_was_not_looked_at_is_left_out():

@@ -123,6 +123,21 @@ def test_spans_against_the_steps_one_by_one(seed: int) -> None:
     assert len(expected) > 2 and [(span.start, span.end) for span in found] == expected
 
 
+def test_levels_from_the_median_the_floor_and_a_threshold() -> None:
+    scores = np.array([0.2] * 8 + [0.6, 0.6])
+    assert score_levels(scores, high=0.5, low=0.25) == pytest.approx((0.4, 0.3))
+    assert score_levels(scores, high=0.5, low=0.25, floor=0.5) == pytest.approx((0.5, 0.3))  # at least the floor
+    assert score_levels(scores, floor=0.7).high == math.inf
+    assert score_levels(np.full(5, 0.3)).high == math.inf  # nothing is more than anything else
+    # seen most of the time: from the floor, not from the median
+    most = np.array([0.8] * 8 + [0.1, 0.1])
+    assert score_levels(most, high=0.5, low=0.25, floor=0.2) == pytest.approx((0.5, 0.35))
+    assert score_levels(most).high == math.inf
+    assert score_levels(scores, high=0.5, low=0.25, threshold=0.5) == pytest.approx((0.5, 0.35))
+    noisy = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.55])
+    assert score_levels(noisy, contrast=2.0).high == math.inf and score_levels(noisy, contrast=0.5).high < 0.55
+
+
 def test_levels_are_relative_to_the_scores() -> None:
     scores = np.array([0.2, 0.2, 0.3, 0.1, 0.2, 0.8, 0.2])
     assert score_levels(scores, high=0.5, low=0.25) == (pytest.approx(0.5), pytest.approx(0.35))

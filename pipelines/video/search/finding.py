@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +11,10 @@ from ...errors import UserError, check_whole, nearest
 from ..samplers import Sampler, create_sampler
 from ..scoring.encoding import FrameVectors
 from ..scoring.scorer import FrameScorer, check_queries
-from ..spans import Levels, Span, score_spans
+from ..spans import Span, score_spans
 from ..time_search import Trace
 
-# How scores become spans: see `span_levels`, and `score_spans` for the last two.
+# How scores become spans: see `score_levels`, and `score_spans` for the last two.
 SPANS: dict[str, float | None] = {
     "high": 0.5,
     "low": 0.3,
@@ -109,38 +108,8 @@ def decode_spans(
 ) -> list[Span]:
     """The spans of the scores that are there (NaN: not looked at), the best first. options: all of SPANS."""
     there = np.isfinite(scores)
-    kept: dict[str, Any] = {key: options[key] for key in ("max_gap", "min_seconds")}
-    levels = span_levels(scores[there], **{key: value for key, value in options.items() if key not in kept})
-    found = score_spans(times[there], scores[there], levels=levels, start=0.0, end=seconds, **kept)
+    found = score_spans(times[there], scores[there], start=0.0, end=seconds, **options)  # type: ignore[arg-type]
     return sorted(found, key=lambda span: (-span.score, span.start))
-
-
-def span_levels(
-    scores: np.ndarray,
-    *,
-    high: float | None = 0.5,
-    low: float | None = 0.3,
-    floor: float | None = None,
-    contrast: float | None = 0.0,
-    threshold: float | None = None,
-) -> Levels:
-    """The levels at the parts `high` and `low` of the way from a base to the highest of the scores (N,).
-
-    The base is the median, what most frames have that show something else. floor: the least score of what fits a query
-    at all, None: unknown; nothing is found below it, and where more than half of the frames are above the level that
-    starts from it, what is looked for is seen most of the time, and it is the base. contrast: nothing is found where
-    the highest is not so many robust standard deviations above the median. threshold: a score instead of `high`.
-    """
-    up, on = float(high or 0), float(low or 0)
-    middle, top = float(np.median(scores)), float(np.max(scores))
-    if threshold is not None:
-        return Levels(threshold, min(threshold, middle + (threshold - middle) * on / up if up else threshold))
-    spread = 1.4826 * float(np.median(np.abs(scores - middle)))
-    least = -math.inf if floor is None else floor
-    if top < least or (top <= middle and floor is None) or top - middle < (contrast or 0) * spread:
-        return Levels(math.inf, math.inf)
-    base = least if floor is not None and middle >= floor + up * (top - floor) else middle
-    return Levels(max(base + up * (top - base), least), base + on * (top - base))
 
 
 def check_spans(options: Mapping[str, Any] | None) -> dict[str, float | None]:
