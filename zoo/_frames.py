@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ._timm import feature_map, fit_weights, import_timm, read_weights
 
 # Models of ours; every other name is one of timm.
 OWN = ("features", "patches")
@@ -100,14 +101,15 @@ class TimmFrames(FrameEncoder):
         frame_batch: int = 64,
     ) -> None:
         super().__init__()
-        timm = _timm()
+        timm = import_timm()
         if name not in timm.list_models():
             close = timm.list_models(f"*{name.split('_')[0]}*")[:4]
             hint = f" Models of timm like it: {', '.join(close)}." if close else ""
             raise ValueError(f"encoder={name!r} is neither {' nor '.join(OWN)} nor a model of timm.{hint}")
         self.model = timm.create_model(name, pretrained=weights == "hub", num_classes=0)
         if weights not in (None, "hub"):
-            load_weights(self.model, Path(str(weights)))
+            path = Path(str(weights))
+            fit_weights(self.model, read_weights(path), path, name)
         self.frozen, self.grid, self.frame_batch = frozen, grid, _whole("encoder.frame_batch", frame_batch)
         own: Mapping[str, Any] = self.model.pretrained_cfg
         self.image_size = _size(image_size) or tuple(own.get("input_size", (3, 224, 224))[1:])
@@ -146,11 +148,7 @@ class TimmFrames(FrameEncoder):
             y = self.model.forward_features(x)
             if not self.grid:
                 return self.model.forward_head(y, pre_logits=True).flatten(1)[:, None, None]
-        if y.dim() == 4:
-            return y.permute(0, 2, 3, 1) if y.shape[1] == self.dim else y
-        y = y[:, getattr(self.model, "num_prefix_tokens", 0) :]
-        rows = round(math.sqrt(y.shape[1] * x.shape[2] / x.shape[3]))
-        return y.unflatten(1, (rows, -1))
+        return feature_map(self.model, y, *x.shape[2:])
 
 
 def create_frame_encoder(encoder: str | Mapping[str, Any]) -> FrameEncoder:
@@ -183,36 +181,6 @@ def example_frames(encoder: FrameEncoder, batch_size: int = 1) -> Tensor:
         return torch.randn(batch_size, 8, encoder.dim, generator=state)
     size = getattr(encoder, "image_size", None) or (2 * getattr(encoder, "patch_size", 16),) * 2
     return torch.rand(batch_size, 8, *size, 3, generator=state)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """A state dict from a .safetensors or .pth file; the classifier's own tensors may be there too. Raises ValueError
-    for a file that is missing or does not fit."""
-    if not path.is_file():
-        raise ValueError(f"encoder.weights={path} is not a file; null starts at random, hub fetches the published ones")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        found = load_file(str(path))
-    else:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    own = model.state_dict()
-    missing = sorted(set(own) - set(found))
-    wrong = [key for key in own if key in found and own[key].shape != found[key].shape]
-    if missing or wrong:
-        raise ValueError(
-            f"encoder.weights={path} does not fit: {len(missing)} tensors are missing and {len(wrong)} have another "
-            f"shape, {(missing + wrong)[0]!r} among them"
-        )
-    model.load_state_dict({key: found[key] for key in own})
-
-
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("an image model of timm as encoder needs timm: pip install 'seqzoo[video]'") from error
-    return timm
 
 
 def _check_pictures(frames: Tensor) -> None:

@@ -364,12 +364,22 @@ class TestImageModels:
         state = create_frame_encoder("resnet10t").model.state_dict()
         save_file(state, tmp_path / "a.safetensors")
         torch.save({**state, "fc.weight": torch.zeros(3, 3)}, tmp_path / "b.pth")
-        for file in ("a.safetensors", "b.pth"):
+        torch.save({"epoch": 3, "state_dict": state}, tmp_path / "wrapped.pth")
+        for file in ("a.safetensors", "b.pth", "wrapped.pth"):
             found = self.encoder(weights=str(tmp_path / file)).model.state_dict()
             assert all(torch.equal(found[k], state[k]) for k in state)
         assert not all(torch.equal(v, state[k]) for k, v in encoder.model.state_dict().items())
         save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "c.safetensors")
-        for file, message in (("c.safetensors", "tensors are missing"), ("d.pth", "is not a file")):
+        (tmp_path / "cut.pth").write_bytes((tmp_path / "b.pth").read_bytes()[:1000])
+        (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:1000])
+        torch.save([1, 2], tmp_path / "list.pth")
+        for file, message in (
+            ("c.safetensors", r"c.safetensors are not those of resnet10t: 0 of \d+ tensors fit"),
+            ("d.pth", r"no weights at .*d.pth"),
+            ("cut.pth", r"cut.pth cannot be read"),
+            ("cut.safetensors", r"cut.safetensors cannot be read"),
+            ("list.pth", r"list.pth is no state dict"),
+        ):
             with pytest.raises(ValueError, match=message):
                 self.encoder(weights=str(tmp_path / file))
 

