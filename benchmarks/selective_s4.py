@@ -36,6 +36,7 @@ from _runs import RESULTS, write_result
 from torch.nn import functional as F
 
 from seqzoo.blocks.parameters import parameter_groups
+from seqzoo.pipelines.cache import cache_root
 from seqzoo.zoo import create_model
 from seqzoo.zoo.selective_s4 import Kept, SelectiveS4, top_in_order
 
@@ -189,10 +190,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--memory", type=int, nargs=3, default=[4096, 256, 4], metavar=("LENGTH", "WIDTH", "BATCH"))
-    parser.add_argument("--vectors", type=Path, default=Path("selective_s4_vectors.npz"), help="made where missing")
+    parser.add_argument("--vectors", type=Path, default=None, help="made where missing; None: in the cache")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    given.vectors = given.vectors or cache_root() / "selective_s4_vectors.npz"
     if given.one is not None:
         name, seed = given.one
         if seed == "memory":
@@ -220,7 +222,8 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     settings = {"steps": given.steps, "length": given.length, "batch": BATCH, "memory": given.memory}
-    record = {"settings": settings, "hardware": hardware(torch.device("cpu")), "rows": rows}
+    command = f"python benchmarks/{NAME}.py"
+    record = {"settings": settings, "command": command, "hardware": hardware(torch.device("cpu")), "rows": rows}
     path = write_result(NAME, record, given.out)
     long, width, batch = given.memory
     page = [

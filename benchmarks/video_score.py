@@ -142,7 +142,9 @@ def main() -> None:
                     row = measured(way, minutes, threads, folder)
                     rows[way, minutes, threads] = row
                     print(row, flush=True)
-                    line = f"python benchmarks/video_score.py --threads {' '.join(map(str, given.threads))}"
+                    line = f"python benchmarks/{NAME}.py --threads {' '.join(map(str, given.threads))}"
+                    if given.ways != list(WAYS):
+                        line += " --ways " + " ".join(f'"{name}"' for name in given.ways)
                     write(list(rows.values()), settings, line, given.out)
     print(markdown(list(rows.values())))
 
