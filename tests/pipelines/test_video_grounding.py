@@ -297,9 +297,12 @@ def test_cosines_beside_the_vectors_ignore_pads() -> None:
     assert not with_pads[:, 6:, DIM:].any()
 
 
-def test_long_videos_are_the_middles_of_windows() -> None:
-    """Against each window by itself."""
-    own, rng = module(), np.random.default_rng(0)
+@pytest.mark.parametrize("options", [{}, {"time_encoding": {"num_steps": 64}}], ids=["", "time_encoding"])
+def test_long_videos_are_the_middles_of_windows(options: dict[str, Any]) -> None:
+    """Against each window by itself, whose times begin at 0 as in training."""
+    own, rng = module(options), np.random.default_rng(0)
+    if options:  # the table starts at zero, and would hide what is looked up
+        torch.nn.init.normal_(own.net.encoder.time_encoding.table)
     for total in (5, 20, 21, 50, 63):
         seen = Seen(np.arange(total) / 2, rng.standard_normal((total, DIM)).astype(np.float32))
         query = rng.standard_normal(DIM).astype(np.float32)
