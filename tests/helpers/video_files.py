@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from seqzoo.pipelines.errors import UserError
+from seqzoo.pipelines.video.reader import open_video
 
 BITS = 10  # of a frame's number, each a block of pixels
 
@@ -119,3 +123,27 @@ def trim_by_edit_list(path: Path, units: int) -> Path:
 def send_numbers(reader: Any, pipe: Any) -> None:
     """What a process that was started anew finds in a reader that it was sent."""
     pipe.send((reader.backend, numbers_in(reader.read([4, 1]))))
+
+
+_works: dict[str, str] = {}  # backends, and why they do not work
+
+
+def works(backend: str, folder: Path) -> bool:
+    """Whether the backend is installed and finds FFmpeg: known by decoding."""
+    if backend not in _works:
+        try:
+            open_video(write_video(folder / "probe.mp4", 2), backend=backend).read([1])
+            _works[backend] = ""
+        except UserError as error:
+            _works[backend] = str(error)
+    return not _works[backend]
+
+
+def needs(backend: str, folder: Path) -> None:
+    """Skip where the backend does not work."""
+    if not works(backend, folder):
+        pytest.skip(_works[backend])
+
+
+def child_of(reader: Any) -> int:
+    return reader._decoder._child._process.pid
