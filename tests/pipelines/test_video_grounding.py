@@ -28,6 +28,7 @@ from seqzoo.pipelines.video.grounding.baselines import baselines, cosine_levels
 from seqzoo.pipelines.video.grounding.data import VideoGroundingData
 from seqzoo.pipelines.video.grounding.features import FeatureBank
 from seqzoo.pipelines.video.grounding.module import (
+    FrameScores,
     VideoGroundingModule,
     grounding_loss,
     refine,
@@ -272,6 +273,48 @@ def test_loss_by_hand() -> None:
         float(grounding_loss(VideoOutput(logits, boundaries, {}, batch["mask"]), empty, weight=1, edge_weight=1)[1])
         == 0
     )
+
+
+def test_rare_frames_count_more() -> None:
+    assert module(weight_power=0.5).weight == pytest.approx(2.0)  # a fifth of the frames is within a span
+    assert module(weight_power=1.0).weight == pytest.approx(4.0)
+    assert module(weight_power=0.0).weight == 1.0 and module(weight_power=9.0).weight == 20.0
+
+
+def test_validation_loss_is_that_of_the_frames() -> None:
+    """Over two videos of different lengths: sums over all frames, not means of means."""
+    own, rng = module(threshold=0.5, weight_power=1.0), np.random.default_rng(0)
+    own.on_validation_epoch_start()
+    own.set_queries({"red": rng.standard_normal(DIM).astype(np.float32)})
+    each = []
+    for total in (6, 15):
+        seen = Seen(np.arange(total) / 2, rng.standard_normal((total, DIM)).astype(np.float32))
+        video = SimpleNamespace(name="a", duration=total / 2, queries=[("red", [(0.5, 1.5)])], seen=lambda s=seen: s)
+        own.validation_step({"video": video}, 0)
+        for time, p in zip(seen.times, own.scores(seen, own.queries["red"]).probabilities, strict=True):
+            each.append(-4 * math.log(p) if 0.5 <= time < 1.5 else -math.log(1 - p))
+    assert own._losses[1] == len(each) == 21
+    assert float(own._losses[0] / own._losses[1]) == pytest.approx(sum(each) / 21, rel=1e-5)
+
+
+def test_validation_chooses_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = module()
+    times = np.arange(20) / 2
+    inside = (times >= 3) & (times < 6)
+    found = FrameScores(np.where(inside, 0.35, 0.25).astype(np.float32), np.zeros((20, 2), np.float32))
+    seen = Seen(times, np.zeros((20, DIM), np.float32))
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(own, "scores", lambda *_: found)
+    monkeypatch.setattr(own, "_over_ranks", lambda flat: flat)
+    monkeypatch.setattr(own, "log_dict", lambda values, **_: logged.update(values))
+    own.on_validation_epoch_start()
+    own.set_queries({"red": np.zeros(DIM, np.float32)})
+    video = SimpleNamespace(name="a", duration=10.0, queries=[("red", [(2.75, 5.75)])], seen=lambda: seen)
+    own.task["low_ratio"] = 1.0
+    own.validation_step({"video": video}, 0)
+    own.on_validation_epoch_end()
+    assert float(own.threshold) == pytest.approx(0.3) and logged["val/threshold"] == pytest.approx(0.3)
+    assert logged["val/miou"] == pytest.approx(1.0)
 
 
 def test_rotations_keep_what_is_between_frames_and_queries() -> None:
