@@ -35,7 +35,7 @@ from seqzoo.pipelines.video.grounding.module import (
     rotation,
     with_cosine,
 )
-from seqzoo.pipelines.video.grounding.scores import GroundingSums, matches
+from seqzoo.pipelines.video.grounding.scores import GroundingSums, best_threshold, matches, within
 from seqzoo.pipelines.video.grounding.videos import (
     ComposedVideo,
     ComposedWindows,
@@ -418,6 +418,18 @@ class Line(GroundingVideo):
         times = np.arange(60.0)
         inside = ((times >= 10) & (times < 14)) | ((times >= 30) & (times < 34))
         return Seen(times, np.where(inside[:, None], np.eye(DIM)[0], np.eye(DIM)[3]).astype(np.float32))
+
+
+def test_of_equal_thresholds_the_one_nearest_to_a_half() -> None:
+    good, bad, times = GroundingSums(), GroundingSums(), np.arange(10.0)
+    good.update([(2.0, 4.0)], [(2.0, 4.0)], times)
+    bad.update([(2.0, 4.0)], [(7.0, 8.0)], times)
+    assert best_threshold({0.1: good.flat, 0.4: good.flat, 0.5: bad.flat, 0.8: good.flat}) == 0.4
+
+
+def test_a_span_ends_before_its_end() -> None:
+    times = np.array([0.0, 1.0, 2.0, 3.0])
+    assert within(times, [(1.0, 2.0), (3.0, 4.0)]).tolist() == [1.0, 3.0]
 
 
 def test_baselines() -> None:
