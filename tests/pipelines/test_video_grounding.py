@@ -215,6 +215,19 @@ def test_windows_of_files(folder: Path) -> None:
     assert whole["mask"].sum(1).tolist() == [60] * 4 and whole["inside"].any(1).all()
 
 
+def test_windows_are_near_their_span_but_for_a_share() -> None:
+    """In an hour with a span of four seconds: without negatives it is in all windows of ten, else in few."""
+    times = np.arange(3600.0)
+    seen = Seen(times, np.zeros((3600, DIM), np.float32))
+    video = SimpleNamespace(name="a", duration=3600.0, queries=[("red", [(1000.0, 1004.0)])], seen=lambda: seen)
+    for negatives, least, most in ((0.0, 60, 60), (0.5, 15, 45), (1.0, 0, 5)):
+        windows = FileWindows([video], {}, seconds=10.0, negatives=negatives, seed=0)  # type: ignore[list-item]
+        drawn = [windows._draw(number) for number in range(60)]
+        assert least <= sum(bool(window.spans) for window in drawn) <= most
+        for window in drawn:
+            assert len(window.times) == 10 and all(0 <= start < end <= 10 for start, end in window.spans)
+
+
 def test_batches_of_windows_of_different_lengths() -> None:
     features = np.ones((3, DIM), np.float32)
     queries = {"red": np.zeros(DIM, np.float32)}
