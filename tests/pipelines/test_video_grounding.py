@@ -456,6 +456,18 @@ def test_baselines() -> None:
     assert found["a span anywhere"]["found"] == 1
 
 
+def test_the_cosine_answers_where_nothing_stands_out() -> None:
+    """A baseline that may keep silent would be none: every query here is seen somewhere."""
+    scores = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.55], np.float32)
+    features = np.zeros((6, DIM), np.float32)
+    features[:, 0] = scores
+    seen = Seen(np.arange(6.0), features)
+    video = SimpleNamespace(name="a", duration=6.0, queries=[("red", [(4.0, 6.0)])], seen=lambda: seen)
+    queries = {"red": np.eye(DIM, dtype=np.float32)[0]}
+    found = baselines([video], queries, event_seconds=2.0, levels=(0.8, 0.8), max_gap=0.0)  # type: ignore[list-item]
+    assert found["cosine of the scorer"]["found"] == 1
+
+
 # the command ----------------------------------------------------------------------------------------------------------
 
 
