@@ -175,9 +175,14 @@ def results() -> str:
         made = [f"`{command}`", record.get("date"), f"{cores} cores" if cores else None]
         if "versions" in record:
             made.append(f"torch {record['versions'].get('torch', '?')}")
-        parts.append(f"{link}: {', '.join(part for part in made if part)}")
+        line = f"{link}: {', '.join(part for part in made if part)}"
         rows = record.get("rows", record.get("results", []))
         flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
+        page = path.with_suffix(".md")
+        if page.is_file():  # what it says of the figures, and those that a line cannot hold
+            line += f"; see [{page.name}](benchmarks/results/{page.name})"
+            flat = flat if flat == rows else []
+        parts.append(line)
         if flat:
             parts.append(markdown(flat))
     return "\n\n".join(parts) or "None yet: `make bench` writes them."
