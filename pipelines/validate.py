@@ -30,6 +30,7 @@ _OPEN = {
     "trainer.deterministic",
     "trainer.val_check_interval",
     "logger.tensorboard",
+    "model.mixer",  # a name, a mapping or a list
     "name",
     "task.prompt",
     "task.test_protocols",
