@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels.vq_attention import cell_sums
 from ..registry import did_you_mean
+from .ranks import num_ranks, sizes_of_ranks
 
 REDUCTIONS = ("sum", "mean", "none")
 COLLAPSE = 0.05  # of the codebook's size: a perplexity below it is warned of
@@ -36,7 +37,9 @@ class VectorQuantizer(nn.Module):
     sum_s <- decay sum_s + (1 - decay) sum of the vectors whose nearest is s, and count_s the same of their number.
     Straight-through: the output is the codeword, its gradient goes to the vector. Commitment loss: the mean over
     tokens of the sum over heads and channels of (x - codeword)^2, the codeword constant; a mean over channels, as
-    elsewhere, is K H times smaller. Sums start normal with standard deviation (H M)^-0.5, counts at 1.
+    elsewhere, is K H times smaller. (Where processes share a codebook, each divides by their mean number of tokens, so
+    that the mean of their losses is that over all tokens.) Sums start normal with standard deviation (H M)^-0.5, counts
+    at 1.
 
     codebook_size: M. head_dim: K. num_heads: H, a codebook each. decay: of the averages.
     reduction: of one step's sums and counts over the processes of torch.distributed, where it is initialised: "sum"
@@ -93,6 +96,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("count", start.new_ones(num_heads, codebook_size))
         self.register_buffer("updates", torch.zeros((), device=device, dtype=torch.int64))
         self._used: Tensor | None = None  # the codewords of the last training forward
+        self._tokens: Tensor | None = None  # of one process in the mean, in the last training forward of several
         self._until_check, self._warned = CHECK_EVERY, False
 
     def codebook(self) -> Tensor:
@@ -117,11 +121,14 @@ class VectorQuantizer(nn.Module):
                 code = self._nearest(work.detach().movedim(2, 0).flatten(1, 2), book).view(x.shape[2], *x.shape[:2])
                 if self.training and not _recomputing():
                     self._used = book
-                    self._update(work.detach(), valid, code)
+                    self._tokens = self._update(work.detach(), valid, code)
             code = code.movedim(0, -1)
             chosen = book[torch.arange(self.num_heads, device=x.device), code]
             distance = (work - chosen).square().sum((2, 3))
-            if valid is None:
+            if self.training and self._tokens is not None:
+                kept = distance if valid is None else distance.masked_fill(~valid, 0)
+                commitment = kept.sum() / self._tokens.to(kept.dtype).clamp(min=1)
+            elif valid is None:
                 commitment = distance.sum() / max(distance.numel(), 1)
             else:
                 commitment = distance.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
@@ -140,7 +147,9 @@ class VectorQuantizer(nn.Module):
         parts = [torch.baddbmm(half, part, book.mT, alpha=-1).argmin(-1) for part in x.split(TOKENS, 1)]
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def _update(self, x: Tensor, valid: Tensor | None, code: Tensor) -> None:
+    def _update(self, x: Tensor, valid: Tensor | None, code: Tensor) -> Tensor | None:
+        """Move the codewords. Returns the tokens of a process in the mean over all of them, by which each of them
+        divides its commitment; None where the books are its own."""
         heads_first = x.movedim(2, 0).flatten(1, 2).to(self.sum.dtype)
         keep = None if valid is None else valid.flatten().unsqueeze(0)
         if keep is not None:
@@ -156,10 +165,16 @@ class VectorQuantizer(nn.Module):
         self.updates += any_token
         if not torch.compiler.is_compiling():
             self._check_collapse()
+        if not self._shared():
+            return None
+        return count[0].sum() / (num_ranks() if self.reduction == "sum" else 1)
+
+    def _shared(self) -> bool:
+        return self.reduction != "none" and num_ranks() > 1
 
     def _reduce(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sums of this step over all processes, in one message."""
-        if self.reduction == "none" or not _distributed():
+        if not self._shared():
             return parts
         flat = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(flat)
@@ -169,19 +184,24 @@ class VectorQuantizer(nn.Module):
         return tuple(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
 
     def _sample(self, x: Tensor) -> Tensor:
-        """(H, M, K): vectors of x (T, H, K) drawn for every codeword, without repetition while there are enough;
-        those of rank 0 where codebooks are shared. Zeros where x is empty."""
+        """(H, M, K): vectors of x (T, H, K) drawn for every codeword, without repetition while there are enough; of
+        those of all ranks, one after the other, where codebooks are shared. Zeros where there are none."""
+        sizes = sizes_of_ranks(len(x), x.device) if self._shared() else [len(x)]
+        total, first = sum(sizes), sum(sizes[: dist.get_rank()]) if len(sizes) > 1 else 0
+        picked = torch.zeros_like(self.sum)
+        if not total:
+            return picked
+        source = torch.Generator().manual_seed(int(self.updates))
+        rounds = -(-self.codebook_size // total)
+        order = [torch.cat([torch.randperm(total, generator=source) for _ in range(rounds)])] * self.num_heads
+        index = torch.stack(order)[:, : self.codebook_size].to(x.device) - first
         if len(x):
-            source = torch.Generator().manual_seed(int(self.updates))
-            rounds = -(-self.codebook_size // len(x))
-            order = [torch.cat([torch.randperm(len(x), generator=source) for _ in range(rounds)])] * self.num_heads
-            index = torch.stack(order)[:, : self.codebook_size].to(x.device)
-            picked = x[index, torch.arange(self.num_heads, device=x.device).unsqueeze(1)].to(self.sum.dtype)
-        else:
-            picked = torch.zeros_like(self.sum)
-        if self.reduction != "none" and _distributed():
-            picked = picked.contiguous()
-            dist.broadcast(picked, 0)
+            own = (index >= 0) & (index < len(x))
+            heads = torch.arange(self.num_heads, device=x.device).unsqueeze(1)
+            found = x[index.clamp(0, len(x) - 1), heads].to(self.sum.dtype)
+            picked = torch.where(own.unsqueeze(-1), found, picked)
+        if len(sizes) > 1:
+            dist.all_reduce(picked)
         return picked
 
     def _restart(self, x: Tensor) -> None:
@@ -233,10 +253,6 @@ class VectorQuantizer(nn.Module):
 def _recomputing() -> bool:
     """Whether a backward pass is running in this thread, hence a checkpoint computing its forward again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _real(x: Tensor, valid: Tensor | None) -> Tensor:
