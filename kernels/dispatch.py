@@ -29,6 +29,7 @@ class Backend:
     device). features: the optional things it honours, e.g. "state", "mask", "varlen". limits: the largest sizes it
     takes, by name, e.g. {"key": 256}. interpretable: a Triton backend that takes CPU tensors too, where it is asked
     for by name and Triton interprets. probe: returns why it cannot run here (a missing package, no GPU), or None.
+    portable: made of torch's own operations, for a length that need not be known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Backend:
     limits: Mapping[str, int]
     interpretable: bool
     probe: Callable[[], str | None] | None
+    portable: bool
 
     def refusal(
         self,
@@ -82,8 +84,10 @@ def register_backend(
     limits: Mapping[str, int] | None = None,
     interpretable: bool = False,
     probe: Callable[[], str | None] | None = None,
+    portable: bool = False,
 ) -> None:
-    """Add a backend to an operation; `auto` tries them in the order of registration: fastest first.
+    """Add a backend to an operation; `auto` tries them in the order of registration: fastest first. Where a model is
+    exported it takes the first portable one that can.
 
     Raises ValueError when another function already has that name.
     """
@@ -91,7 +95,7 @@ def register_backend(
     if name == "auto" or (name in known and known[name].run.__qualname__ != run.__qualname__):
         raise ValueError(f"{op}: the backend name {name!r} is already taken")
     known[name] = Backend(
-        name, run, note, tuple(dtypes), devices, frozenset(features), dict(limits or {}), interpretable, probe
+        name, run, note, tuple(dtypes), devices, frozenset(features), dict(limits or {}), interpretable, probe, portable
     )
 
 
@@ -119,6 +123,7 @@ def choose_backend(
     wanted = [need for need, used in needs.items() if used]
     refused: dict[str, str] = {}
     able: list[str] = []
+    spare: Backend | None = None  # for an export without a portable one
     for name, backend in known.items():
         reason = backend.refusal(dtype, device, wanted, sizes or {}, requested == name)
         if reason is not None:
@@ -126,12 +131,17 @@ def choose_backend(
             continue
         able.append(name)
         if requested == "auto":
+            if torch.compiler.is_exporting() and not backend.portable:
+                spare = spare or backend
+                continue
             # A compiler traces this function: it keeps the choice and would stop at the logging.
             if not torch.compiler.is_compiling():
                 _log_once(op, backend, refused)
             return backend
         if requested == name:
             return backend
+    if spare is not None:
+        return spare
     if requested == "auto":
         reasons = "; ".join(f"{name} {reason}" for name, reason in refused.items())
         raise ValueError(f"{op}: no backend can run: {reasons or 'none is registered'}")

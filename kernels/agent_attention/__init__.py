@@ -11,6 +11,7 @@ from ..dispatch import choose_backend, register_backend
 from ..softmax import softmax_attention
 from .chunked import running_chunked
 from .naive import ABSENT, RunningState, running_naive
+from .portable import running_portable
 from .tiled import agent_tiled
 
 __all__ = ["ABSENT", "RunningState", "agent_attention", "running_agent_attention"]
@@ -18,6 +19,7 @@ __all__ = ["ABSENT", "RunningState", "agent_attention", "running_agent_attention
 OP = "agent_attention"
 register_backend(OP, "chunked", running_chunked, note="linear in the length")
 register_backend(OP, "naive", running_naive, note="the formula, quadratic")
+register_backend(OP, "portable", running_portable, note="torch's operations, for exports", portable=True)
 
 
 def _two_softmaxes(
@@ -67,7 +69,7 @@ def _naive(*tensors: Tensor, **options: Any) -> Tensor:
 
 PLAIN = "agent_attention_plain"
 register_backend(PLAIN, "tiled", agent_tiled, note="both softmaxes in cache", devices=("cpu",))
-register_backend(PLAIN, "sdpa", _sdpa, note="two calls of torch's fused attention", features=("drop",))
+register_backend(PLAIN, "sdpa", _sdpa, note="two calls of torch's fused attention", features=("drop",), portable=True)
 register_backend(PLAIN, "naive", _naive, note="the formula", features=("drop",))
 
 

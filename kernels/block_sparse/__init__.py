@@ -26,7 +26,7 @@ register_backend(
     probe=unusable,
 )
 register_backend(OP, "chunked", chunked_block_sparse, note="no L x S tensor, no copies of keys that last")
-register_backend(OP, "naive", naive_block_sparse, note="the formula, quadratic")
+register_backend(OP, "naive", naive_block_sparse, note="the formula, quadratic", portable=True)
 
 
 def block_sparse_attention(

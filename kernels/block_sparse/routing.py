@@ -42,6 +42,8 @@ def route(q: Tensor, k: Tensor, number: int, *, exists: Tensor | None = None, be
         wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
         q, k = q.to(wide).transpose(1, 2), k.to(wide).permute(0, 2, 3, 1)  # (B, Hr, G, K), (B, Hr, K, R)
         batch, heads, groups, blocks = *q.shape[:3], k.shape[3]
+        if not isinstance(blocks, int):  # exported for any length: fewer blocks than `number` are filled up
+            return _largest_of_any(q @ k, number, exists, before)
         number = min(number, blocks)
         if number == 0 or groups == 0:
             return torch.zeros(batch, heads, groups, number, dtype=torch.int64, device=q.device)
@@ -58,6 +60,16 @@ def route(q: Tensor, k: Tensor, number: int, *, exists: Tensor | None = None, be
                 affinity[..., low:].masked_fill_(future.unsqueeze(1), float("-inf"))
             parts.append(_largest(affinity, number))
         return torch.cat(parts, 2)
+
+
+def _largest_of_any(affinity: Tensor, number: int, exists: Tensor | None, before: Tensor | None) -> Tensor:
+    """As `route` with all affinities (B, Hr, G, R) at once, R not known; always `number` places."""
+    if exists is not None:
+        affinity = affinity.masked_fill(~exists[:, None, None], float("-inf"))
+    if before is not None:
+        late = torch.arange(affinity.shape[3], device=affinity.device) >= before.unsqueeze(2)
+        affinity = affinity.masked_fill(late.unsqueeze(1), float("-inf"))
+    return _one_by_one(F.pad(affinity, (0, number), value=float("-inf")), number)
 
 
 def _bounds(before: Tensor | None, blocks: int) -> tuple[int, int]:
@@ -91,7 +103,8 @@ def _largest(affinity: Tensor, number: int) -> Tensor:
 def _one_by_one(affinity: Tensor, number: int) -> Tensor:
     """As `_largest`, in `number` passes over all."""
     found = []
-    for step in range(min(number, affinity.shape[-1])):
+    there = affinity.shape[-1]
+    for step in range(min(number, there) if isinstance(there, int) else number):
         highest, at = affinity.max(-1, keepdim=True)  # the first of equal ones
         found.append(torch.where(highest > float("-inf"), at, -1))
         if step + 1 < number:

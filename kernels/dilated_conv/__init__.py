@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..dispatch import choose_backend, register_backend
 from ..triton_support import lazily, unusable
 from .naive import dilated_conv_naive
+from .portable import dilated_conv_portable
 from .shifted import dilated_conv_shifted
 
 __all__ = ["dilated_conv"]
@@ -30,6 +31,9 @@ register_backend(
     "dilated_conv", "shifted", dilated_conv_shifted, note="a shifted multiply-add per tap", features=("grouped",)
 )
 register_backend("dilated_conv", "naive", dilated_conv_naive, note="the formula, token by token", features=("grouped",))
+register_backend(
+    "dilated_conv", "portable", dilated_conv_portable, note="torch's own", features=("grouped",), portable=True
+)
 
 
 def dilated_conv(

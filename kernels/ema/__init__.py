@@ -13,6 +13,7 @@ from .chunked import ema_chunked
 from .coefficients import ema_coefficients, initialize_ema
 from .fft import ema_fft, ema_kernel
 from .naive import Coefficients, EmaState, ema_naive
+from .portable import ema_portable
 
 __all__ = ["Coefficients", "EmaState", "ema", "ema_coefficients", "ema_kernel", "initialize_ema"]
 
@@ -31,6 +32,9 @@ EVERYTHING = ("truncation", "ragged_state")
 register_backend("ema", "chunked", ema_chunked, note="exact, matrix products only", features=EVERYTHING)
 register_backend("ema", "fft", ema_fft, note="whole kernel and FFT", features=EVERYTHING)
 register_backend("ema", "naive", ema_naive, note="the recurrence, token by token", features=EVERYTHING)
+register_backend(
+    "ema", "portable", ema_portable, note="torch's operations, for exports", features=EVERYTHING, portable=True
+)
 
 
 def ema(

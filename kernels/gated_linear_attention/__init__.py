@@ -13,11 +13,13 @@ from ..triton_support import lazily, unusable
 from .bidirectional import beyond, diagonal
 from .chunked import chunked_gated_linear_attention
 from .naive import naive_gated_linear_attention
+from .portable import portable_gated_linear_attention
 
 __all__ = [
     "accumulation_dtype",
     "bidirectional_gated_linear_attention",
     "check_chunk_size",
+    "gated_chunk_summary",
     "gated_linear_attention",
 ]
 
@@ -37,6 +39,14 @@ register_backend(
 )
 register_backend(OP, "chunked", chunked_gated_linear_attention, note="linear in the length", features=FEATURES)
 register_backend(OP, "naive", naive_gated_linear_attention, note="one token after another", features=FEATURES)
+register_backend(
+    OP,
+    "portable",
+    portable_gated_linear_attention,
+    note="torch's operations, for exports",
+    features=FEATURES,
+    portable=True,
+)
 
 
 def gated_linear_attention(
@@ -93,6 +103,8 @@ def bidirectional_gated_linear_attention(
     *,
     scale: float = 1.0,
     lengths: Tensor | None = None,
+    before: Tensor | None = None,
+    behind: Tensor | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -100,6 +112,8 @@ def bidirectional_gated_linear_attention(
 
     Arguments as in `gated_linear_attention`. Token s < t reaches t through the decay of s+1 .. t, token s > t through
     that of t .. s-1; with a constant decay both are exp(log_decay |t - s|).
+    before, behind: (B, H, K, V), the state that precedes the first token, and that of what follows the last, met from
+    the end.
     """
     if lengths is not None:
         pads = beyond(lengths, q.shape[1])  # the pass backwards meets them first, with no state
@@ -109,10 +123,10 @@ def bidirectional_gated_linear_attention(
     wide = accumulation_dtype(v.dtype)  # the two passes and the diagonal are added before they are rounded
     kind, q, k, v = v.dtype, q.to(wide), k.to(wide), v.to(wide)
     options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "backend": backend}
-    ahead, _ = gated_linear_attention(q, k, v, log_decay, **options)
+    ahead, _ = gated_linear_attention(q, k, v, log_decay, initial_state=before, **options)
     turned = log_decay if log_decay.dim() == 1 else log_decay.flip(1)
-    behind, _ = gated_linear_attention(q.flip(1), k.flip(1), v.flip(1), turned, **options)
-    return (ahead + behind.flip(1) - diagonal(q, k, v, scale)).to(kind)
+    back, _ = gated_linear_attention(q.flip(1), k.flip(1), v.flip(1), turned, initial_state=behind, **options)
+    return (ahead + back.flip(1) - diagonal(q, k, v, scale)).to(kind)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

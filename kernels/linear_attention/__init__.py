@@ -9,8 +9,9 @@ from ..dispatch import choose_backend, register_backend
 from ..triton_support import lazily, unusable
 from .chunked import chunked_linear_attention
 from .naive import LinearState, accumulation_dtype, naive_linear_attention
+from .portable import portable_linear_attention
 
-__all__ = ["LinearState", "accumulation_dtype", "linear_attention"]
+__all__ = ["LinearState", "accumulation_dtype", "linear_attention", "linear_summary"]
 
 OP = "linear_attention"
 FEATURES = ("state", "mask", "varlen")
@@ -28,6 +29,14 @@ register_backend(
 )
 register_backend(OP, "chunked", chunked_linear_attention, note="linear in the length", features=FEATURES)
 register_backend(OP, "naive", naive_linear_attention, note="dense kernel matrix", features=FEATURES)
+register_backend(
+    OP,
+    "portable",
+    portable_linear_attention,
+    note="torch's operations, for exports",
+    features=("state", "mask"),
+    portable=True,
+)
 
 
 def linear_attention(
@@ -86,6 +95,14 @@ def linear_attention(
         return_state=return_state,
     )
     return o, state if return_state else None
+
+
+def linear_summary(k: Tensor, v: Tensor) -> LinearState:
+    """What the tokens add to the sums: k (B, S, H, K), through its feature map, and v (B, S, H, V)."""
+    wide = accumulation_dtype(v.dtype)
+    with torch.autocast(v.device.type, enabled=False):
+        k = k.to(wide)
+        return LinearState(torch.einsum("bshk,bshv->bhkv", k, v.to(wide)), k.sum(1))
 
 
 def _check(

@@ -11,6 +11,7 @@ from ..dispatch import choose_backend, register_backend
 from ..triton_support import lazily, unusable
 from .chunked import prob_sparse_chunked
 from .naive import prob_sparse_naive
+from .portable import prob_sparse_portable
 from .sampling import BLOCK, KeySample, budget
 
 __all__ = ["BLOCK", "KeySample", "budget", "prob_sparse_attention"]
@@ -28,6 +29,7 @@ register_backend(
 )
 register_backend("prob_sparse", "chunked", prob_sparse_chunked, note="no L x S tensor")
 register_backend("prob_sparse", "naive", prob_sparse_naive, note="the formula, quadratic")
+register_backend("prob_sparse", "portable", prob_sparse_portable, note="dense, for exports", portable=True)
 
 
 def prob_sparse_attention(

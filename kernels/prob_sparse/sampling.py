@@ -15,11 +15,14 @@ from torch import Tensor
 
 BLOCK = 128  # queries that share a sample under sampling="block"
 _MASK = 0xFFFFFFFF
+_MOST = 14  # ceil(ln L) for L up to 1,202,604
 
 
 def budget(length: int, factor: int) -> int:
     """min(factor * ceil(ln length), length), and 1 for a single position, where the published formula gives
-    0."""
+    0. Of a length that is not known while a model is exported, what the longest takes."""
+    if not isinstance(length, int):
+        return factor * _MOST
     return min(factor * max(math.ceil(math.log(length)), 1), length) if length > 0 else 0
 
 

@@ -15,6 +15,7 @@ from .discretize import discretize, powers
 from .fft import s4d_conv_fft
 from .initialize import INITS, initialize
 from .naive import s4d_conv_naive, s4d_kernel_naive
+from .portable import s4d_conv_portable
 
 __all__ = ["INITS", "discretize", "initialize", "powers", "s4d_conv", "s4d_kernel"]
 
@@ -32,6 +33,7 @@ register_backend(
 register_backend("s4d_conv", "chunked", s4d_conv_chunked, note="exact, matrix products only")
 register_backend("s4d_conv", "fft", s4d_conv_fft, note="whole kernel and FFT")
 register_backend("s4d_conv", "naive", s4d_conv_naive, note="the formula, quadratic")
+register_backend("s4d_conv", "portable", s4d_conv_portable, note="torch's operations, for exports", portable=True)
 register_backend("s4d_kernel", "chunked", s4d_kernel_chunked, note="two-level powers, one real product")
 register_backend("s4d_kernel", "naive", s4d_kernel_naive, note="the Vandermonde matrix")
 

@@ -10,8 +10,9 @@ from ..triton_support import lazily, unusable
 from .chunked import chunked_selective_scan
 from .compiled import compiled_selective_scan, refusal_here
 from .naive import naive_selective_scan
+from .portable import portable_selective_scan
 
-__all__ = ["selective_scan"]
+__all__ = ["selective_scan", "selective_scan_summary"]
 
 OP = "selective_scan"
 register_backend(
@@ -28,6 +29,14 @@ register_backend(
 )
 register_backend(OP, "chunked", chunked_selective_scan, note="a tree scan within chunks", features=("state", "lengths"))
 register_backend(OP, "naive", naive_selective_scan, note="token after token", features=("state", "lengths"))
+register_backend(
+    OP,
+    "portable",
+    portable_selective_scan,
+    note="torch's operations, for exports",
+    features=("state", "lengths"),
+    portable=True,
+)
 register_backend(  # last: `auto` never builds anything
     OP,
     "compiled",
@@ -91,6 +100,20 @@ def selective_scan(
     if skip is not None:
         y = y.addcmul_(u.to(wide), skip.to(wide))
     return y.to(u.dtype), last if return_state else None
+
+
+def selective_scan_summary(
+    u: Tensor, dt: Tensor, a: Tensor, b: Tensor, *, chunk_size: int | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(decay, state), both (B, E, N), with which the h after the tokens is decay * (h before them) + state.
+
+    Arguments as in `selective_scan`. decay = exp(a sum_t dt_t); the state costs one scan, whose y is not used.
+    """
+    _, state = selective_scan(u, dt, a, b, b, return_state=True, chunk_size=chunk_size, backend=backend)
+    if state is None:
+        raise RuntimeError(f"{OP}: backend={backend!r} returned no state")
+    total = dt.to(state.dtype).sum(1)
+    return torch.exp(total.unsqueeze(2) * a.to(state.dtype)), state
 
 
 def _check(

@@ -26,7 +26,7 @@ register_backend(
     probe=unusable,
 )
 register_backend(OP, "chunked", chunked_short_conv, note="slabs that stay in cache", features=("state",))
-register_backend(OP, "naive", naive_short_conv, note="a sum of shifted inputs", features=("state",))
+register_backend(OP, "naive", naive_short_conv, note="a sum of shifted inputs", features=("state",), portable=True)
 
 
 def short_conv(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..dispatch import choose_backend, register_backend
 from .naive import softmax_naive
+from .portable import softmax_portable
 from .sdpa import softmax_sdpa
 from .window import Sinks, visible, window_attention
 
@@ -16,6 +17,7 @@ __all__ = ["Sinks", "softmax_attention", "visible", "window_attention"]
 
 register_backend("softmax", "sdpa", softmax_sdpa, note="torch's fused attention where one fits")
 register_backend("softmax", "naive", softmax_naive, note="the formula, quadratic in memory")
+register_backend("softmax", "portable", softmax_portable, note="torch's own, also in windows", portable=True)
 
 
 def softmax_attention(

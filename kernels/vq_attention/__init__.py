@@ -28,7 +28,7 @@ register_backend(
     probe=unusable,
 )
 register_backend(OP, "chunked", chunked_vq_attention, note="linear in the length", features=FEATURES)
-register_backend(OP, "naive", naive_vq_attention, note="dense scores", features=FEATURES)
+register_backend(OP, "naive", naive_vq_attention, note="dense scores", features=FEATURES, portable=True)
 
 
 def vq_attention(
