@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -22,10 +23,14 @@ def tag_parameter(
     module.__dict__.setdefault(_TAGS, {})[name] = {"weight_decay": weight_decay, "max_lr": max_lr}
 
 
-def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, *, lr: float, weight_decay: float, scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Optimiser groups in which every trainable parameter of `module` stands exactly once.
 
     Vectors and scalars (biases, norms) and embedding tables get no weight decay; tags (`tag_parameter`) come first.
+    scales: factors of the rates by the names of the parameters, caps included (layer-wise rates); groups then hold
+    theirs as "lr_scale". Raises KeyError for a parameter without one.
     """
     tags: dict[int, dict[str, float | None]] = {}
     tables = set()
@@ -34,8 +39,8 @@ def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float) -> li
             tables.add(id(part.weight))
         for name, tag in getattr(part, _TAGS, {}).items():
             tags[id(getattr(part, name))] = tag
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
+    groups: dict[tuple[float, float, float | None], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         tag = tags.get(id(parameter), {})
@@ -43,5 +48,10 @@ def parameter_groups(module: nn.Module, *, lr: float, weight_decay: float) -> li
         if decay is None:
             decay = 0.0 if parameter.dim() < 2 or id(parameter) in tables else weight_decay
         rate = lr if cap is None else min(lr, cap)
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+        groups.setdefault((rate, decay, None if scales is None else scales[name]), []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "weight_decay": decay}
+        if scale is None
+        else {"params": params, "lr": rate * scale, "weight_decay": decay, "lr_scale": scale}
+        for (rate, decay, scale), params in groups.items()
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,8 +77,11 @@ def create_muon(
     momentum: float,
     betas: tuple[float, float],
     fused: bool,
+    scales: Mapping[str, float] | None = None,
 ) -> MuonAdamW:
     """Muon with rate lr on `inner_matrices`, AdamW with adam_lr on the rest; tags of parameters hold for both.
+
+    scales: factors of both rates by the names of the parameters, as of `parameter_groups`.
 
     Raises UserError for a model without a backbone.
     """
@@ -87,14 +90,14 @@ def create_muon(
         raise UserError("optimizer=muon works on the matrices of a backbone, and this model has none; take adamw")
     groups: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
-    for group in parameter_groups(module, lr=adam_lr, weight_decay=weight_decay):
+    for group in parameter_groups(module, lr=adam_lr, weight_decay=weight_decay, scales=scales):
         inside = [p for p in group["params"] if id(p) in matrices]
         outside = [p for p in group["params"] if id(p) not in matrices]
-        if inside:
-            # A tag caps the rate of AdamW; such a parameter stays with it.
-            (groups if group["lr"] == adam_lr else others).append(
-                {**group, "params": inside, "lr": lr if group["lr"] == adam_lr else group["lr"]}
-            )
+        scale = group.get("lr_scale", 1.0)
+        if inside and group["lr"] == adam_lr * scale:
+            groups.append({**group, "params": inside, "lr": lr * scale})
+        elif inside:  # a tag caps the rate of AdamW; such a parameter stays with it
+            others.append({**group, "params": inside})
         if outside:
             others.append({**group, "params": outside})
     return MuonAdamW(groups, others, momentum=momentum, betas=betas, fused=fused)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..blocks.parameters import parameter_groups
 from ..blocks.registry import did_you_mean
+from ..zoo._layers import check_layer_decay, layer_scales
 from .errors import UserError
 from .loading import ResumableLoader
 from .muon import create_muon
@@ -25,14 +27,22 @@ SCHEDULERS = ("none", "cosine", "wsd", "informer")
 def create_optimizer(module: nn.Module, options: dict[str, Any], *, fused: bool = True) -> torch.optim.Optimizer:
     """adam, adamw, muon or sgd over `parameter_groups(module)`; options: name, lr, weight_decay, betas or momentum.
 
+    layer_decay, among the options: the rate of each layer over that of the next one, see `layer_scales`; None: all
+    layers have the same. Raises UserError for one that is not in (0, 1], and for a model without layers.
     fused: one pass over the parameters instead of a dozen, the same numbers up to rounding; False under a gradient
     scaler, whose gradients could not be clipped.
     """
     options = dict(options)
-    name = options.pop("name")
+    name, layer_decay = options.pop("name"), options.pop("layer_decay", None)
+    scales = None
+    if layer_decay is not None:
+        with _option_errors():
+            scales = layer_scales(module, layer_decay)
     if name == "muon":
-        return create_muon(module, **{**options, "betas": tuple(options["betas"])}, fused=fused)
-    groups = parameter_groups(module, lr=options.pop("lr"), weight_decay=options.pop("weight_decay", 0.0))
+        return create_muon(module, **{**options, "betas": tuple(options["betas"])}, fused=fused, scales=scales)
+    groups = parameter_groups(
+        module, lr=options.pop("lr"), weight_decay=options.pop("weight_decay", 0.0), scales=scales
+    )
     classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
@@ -43,6 +53,14 @@ def create_optimizer(module: nn.Module, options: dict[str, Any], *, fused: bool 
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
     return classes[name](groups, fused=fused, **options)
+
+
+@contextmanager
+def _option_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"optimizer.{error}") from error
 
 
 def schedule(options: dict[str, Any], total_steps: int) -> tuple[str, Callable[[int], float]] | None:
@@ -89,6 +107,9 @@ class TrainingModule(L.LightningModule):
     def __init__(self, *, optimizer: dict[str, Any], scheduler: dict[str, Any]) -> None:
         super().__init__()
         self.optimizer_options = dict(optimizer)
+        if self.optimizer_options.get("layer_decay") is not None:
+            with _option_errors():
+                check_layer_decay(self.optimizer_options["layer_decay"])
         self.scheduler_options = dict(scheduler)
         self._generators: dict[str, Any] | None = None
         self._position: dict[str, int] | None = None

@@ -20,6 +20,7 @@ from ..blocks.backbone import Backbone
 from ..blocks.layers.norm import normalize
 from ..blocks.parameters import parameter_groups
 from ._factorised import FactorisedBackbone
+from ._layers import parameter_layers
 
 
 class Call(NamedTuple):
@@ -203,12 +204,17 @@ class ZooModel(nn.Module):
         spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
         return {name for name, parameter in self.named_parameters() if id(parameter) in spared}
 
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layer of a parameter by its name, 0 before the blocks and the head's last, as timm's functions take it.
+        coarse: part of their signature, without effect."""
+        return parameter_layers(self)[0].__getitem__
+
 
 INTERFACE = (
     *("no_features", "classifier", "heads", "mixers", "feature_reduction", "input_spec", "feature_info"),
     *("_trunk", "_run_trunk", "_reductions", "example_inputs", "forward_features", "forward_intermediates"),
     *("is_classifier", "get_classifier", "reset_classifier", "_with_classes", "_start_classifier"),
-    *("set_grad_checkpointing", "no_weight_decay"),
+    *("set_grad_checkpointing", "no_weight_decay", "group_matcher"),
 )
 
 
