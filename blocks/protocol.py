@@ -7,8 +7,8 @@ H heads, K key width per head, V value width per head, N sequences in a packed r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,84 @@ class MixerOutput(NamedTuple):
     y: Tensor
     state: State | None = None
     aux: dict[str, Tensor] = {}
+
+
+class ChunkSummary(NamedTuple):
+    """What a chunk of tokens does to a state that is linear in itself: after = transition * before + state.
+
+    Both have the structure of the mixer's state. A part that the chunk fixes outright, as the last inputs of a
+    convolution, has the transition 0.
+    """
+
+    transition: State
+    state: State
+
+    def apply(self, before: State) -> State:
+        """The state after the chunk, given the one before it."""
+        return map_state(lambda a, m, s: _scaled(a, s) + m, self.transition, self.state, before)
+
+    def then(self, later: ChunkSummary) -> ChunkSummary:
+        """The summary of this chunk followed by `later`: associative, so chunks may be joined in any grouping."""
+        both = map_state(lambda a, b: a * b, later.transition, self.transition)
+        return ChunkSummary(both, later.apply(self.state))
+
+
+def _scaled(factor: Tensor, state: Tensor) -> Tensor:
+    """factor * state; the state of a complex factor holds real and imaginary parts in its last dimension."""
+    if not factor.is_complex() or state.is_complex():
+        return factor * state
+    return torch.view_as_real(factor * torch.view_as_complex(state.contiguous()))
+
+
+class Exchange(Protocol):
+    """What a mixer asks for while its tokens are one rank's part of a longer sequence; see `sequence_parallel`.
+
+    lengths: tokens of every rank, in the order of the sequence. rank: whose part this is. start: the place of its first
+    token. total: tokens of all. reversed: the same seen from the end, for rows that are flipped.
+    """
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def reversed(self) -> Exchange: ...
+
+    def gather(self, x: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+        """Tokens of the whole sequence: for every rank the spans (first, past the last) that it asks for, in that
+        order. x: own tokens (B, L, ...). Returns own spans, joined, (B, M, ...)."""
+        ...
+
+    def around(self, x: Tensor, before: int, after: int = 0, initial: Tensor | None = None) -> Tensor:
+        """x (B, L, ...) with the `before` tokens that precede it and the `after` that follow, zeros beyond the ends;
+        initial: (B, before, ...), what precedes the whole sequence."""
+        ...
+
+    def last(self, x: Tensor, number: int, initial: Tensor | None = None) -> Tensor:
+        """The last `number` tokens of the whole sequence, (B, number, ...), on every rank; see `around`."""
+        ...
+
+    def prefix(
+        self,
+        transitions: Sequence[Tensor | None],
+        states: Sequence[Tensor],
+        initial: Sequence[Tensor] | None = None,
+        *,
+        return_last: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The states before own tokens, and with return_last those after the whole sequence, on every rank.
+
+        states: what own tokens add. transitions: factors of what was there before, None for 1. initial: before the
+        whole sequence, the same on every rank."""
+        ...
+
+    def others(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of the other ranks' states."""
+        ...
 
 
 def pattern_name(causal: bool, cross: bool) -> str:
@@ -58,6 +136,10 @@ class Mixer(nn.Module):
     - `reads_residual` says that the output is gated against the residual stream, x + u * (h - x): forward also takes
       `residual` (B, L, D), the block's input before its norm, and returns what is to be added to it. Without one the
       mixer's own x stands in for it.
+    - `linear_state` says that a chunk changes the state to transition * state + its own, so that chunks can be worked
+      on before the state is known: `chunk_summary`, `apply_prefix`.
+    - `shared_patterns` are those that also work with a part of the sequence on each of several ranks. The mixer then
+      asks its `exchange`, which `sequence_parallel` sets and which is None otherwise, for what other ranks know.
     """
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self"})
@@ -67,6 +149,9 @@ class Mixer(nn.Module):
     exact: bool = True
     smooth: bool = True
     reads_residual: bool = False
+    linear_state: ClassVar[bool] = False
+    shared_patterns: ClassVar[frozenset[str]] = frozenset()
+    exchange: Exchange | None = None
     num_prefix_tokens: int = 0  # tokens at the front that stand on no grid
 
     def __init__(self, dim: int, *, causal: bool = False, cross: bool = False) -> None:
@@ -127,6 +212,24 @@ class Mixer(nn.Module):
         """Floating-point elements of state per sequence after `length` tokens (a complex element counts twice)."""
         raise ValueError(f"{type(self).__name__} (pattern {self.pattern!r}) carries no state")
 
+    def chunk_summary(self, x: Tensor, *, state: State | None = None) -> ChunkSummary:
+        """What the tokens x (B, L, D) do to the state, whatever it is, for mixers with a `linear_state`.
+
+        state: given, only its last inputs of a convolution are read. Costs the projections and the sums that the state
+        is made of. `chunk_summary(x).apply(state)` is the state that forward returns; see `apply_prefix`.
+        """
+        raise ValueError(f"{type(self).__name__} (pattern {self.pattern!r}) has no state that is linear in itself")
+
+    def apply_prefix(self, x: Tensor, state: State) -> MixerOutput:
+        """Output and state for the tokens x (B, L, D) after `state`, which earlier chunks' summaries give."""
+        return self(x, state=state)
+
+    def refuse_sharing(self) -> str | None:
+        """Why the sequence cannot be split over ranks, None where it can."""
+        if self.pattern in self.shared_patterns:
+            return None
+        return f"the pattern {self.pattern!r} of {type(self).__name__} needs the whole sequence at once"
+
     def check_inputs(
         self,
         x: Tensor,
@@ -173,6 +276,17 @@ class Mixer(nn.Module):
                 raise ValueError(f"{name}: cu_seqlens must be an int32 vector (N+1,)")
             if mask is not None:
                 raise ValueError(f"{name}: give either mask or cu_seqlens, not both")
+        if self.exchange is not None:
+            if mask is not None or cu_seqlens is not None:
+                raise ValueError(
+                    f"{name}: a sequence that is split over ranks takes no mask and no cu_seqlens; give rows of equal "
+                    "length, cut or filled up before they are split"
+                )
+            if length != self.exchange.lengths[self.exchange.rank]:
+                raise ValueError(
+                    f"{name}: rank {self.exchange.rank} was given {length} tokens, its part of "
+                    f"{self.exchange.total} has {self.exchange.lengths[self.exchange.rank]}"
+                )
         places = length - self.num_prefix_tokens
         if grid is not None and (len(grid) not in (2, 3) or min(grid) < 1 or math.prod(grid) != places):
             raise ValueError(f"{name}: grid={tuple(grid)} holds {math.prod(grid)} tokens, x has {places}")

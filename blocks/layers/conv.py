@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.short_conv import short_conv
+from ..protocol import Exchange
 from ..registry import did_you_mean
 from .rows import take
 
@@ -58,9 +59,12 @@ class ShortConv(nn.Module):
         lengths: Tensor | None = None,
         state: Tensor | None = None,
         return_state: bool = False,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x: (R, M, C). lengths: int64 (R,), real tokens of each row, None when all are. state: (R, kernel_size - 1,
-        C), the inputs before the first. Returns y (R, M, C), arbitrary beyond a row's tokens, and with return_state
+        C), the inputs before the first. exchange: of a mixer whose sequence is split over ranks; the inputs before own
+        first come from the rank before, state and what is returned are those of the whole sequence.
+        Returns y (R, M, C), arbitrary beyond a row's tokens, and with return_state
         the last kernel_size - 1 inputs of each row, else None. Raises ValueError for shapes outside these."""
         length, past = x.shape[1], self.kernel_size - 1
         if x.dim() != 3 or x.shape[2] != self.channels:
@@ -68,6 +72,11 @@ class ShortConv(nn.Module):
         if state is not None and state.shape != (x.shape[0], past, self.channels):
             expected = (x.shape[0], past, self.channels)
             raise ValueError(f"ShortConv: state has shape {tuple(state.shape)}, expected {expected}")
+        if exchange is not None and past:
+            following = exchange.last(x, past, state) if return_state else None
+            state = exchange.around(x, past, initial=state)[:, :past]
+            y, _ = self(x, state=state)
+            return y, following
         y = short_conv(x, self.weight[:, 0], bias=self.bias, silu=self.activation == "silu", initial_state=state)
         if not return_state:
             return y, None

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from ...kernels.dispatch import choose_backend
 from ...kernels.gated_linear_attention import (
     accumulation_dtype,
-    bidirectional_gated_linear_attention,
     check_chunk_size,
-    gated_linear_attention,
+    gated_chunk_summary,
 )
 from ..layers.conv import ShortConv
+from ..layers.decayed import decayed_attention
 from ..layers.norm import RMSNorm, SimpleRMSNorm
 from ..layers.projections import head_width
-from ..layers.rows import lay_out, zero_pads
-from ..protocol import Mixer, MixerOutput, State
+from ..layers.rows import Layout, lay_out, zero_pads
+from ..protocol import ChunkSummary, Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 from .linear import FEATURE_MAPS
 
@@ -77,6 +77,8 @@ class GatedLinearAttention(Mixer):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal"})
     streaming: ClassVar[bool] = True
+    linear_state: ClassVar[bool] = True
+    shared_patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal"})
     state_type = GLAState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "chunk_size": 8},
@@ -190,31 +192,21 @@ class GatedLinearAttention(Mixer):
         )
         x = zero_pads(x, mask)
         layout = lay_out(mask, cu_seqlens, x.shape[1])
-        joint = layout.place(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1))
-        tail = None
-        if self.conv is not None:
-            before = None if state is None else state.conv
-            joint, tail = self.conv(joint, lengths=layout.lengths, state=before, return_state=state is not None)
-        q, k, v = joint.split(self.widths, -1)
-        q, k, v = q.unflatten(-1, (self.num_heads, -1)), self._heads(k), self._heads(v)
-        if self.feature_map is not None:
-            q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
-        logits = layout.place(self.decay_proj(x))
-        decay = F.logsigmoid(logits.to(accumulation_dtype(logits.dtype))) / self.gate_logit_normalizer
-        decay = self._heads(decay if self.clamp_min is None else decay.clamp(min=self.clamp_min))
-        options: dict[str, Any] = {
-            "scale": self.key_dim**-0.5,
-            "lengths": layout.lengths,
-            "chunk_size": self.chunk_size,
-            "backend": self.backend,
-        }
-        s = None
-        if self.causal:
-            initial = None if state is None else state.s
-            options |= {"initial_state": initial, "return_state": state is not None}
-            o, s = gated_linear_attention(q, k, v, decay, **options)
-        else:
-            o = bidirectional_gated_linear_attention(q, k, v, decay, **options)
+        (q, k, v, decay), tail = self._project(x, layout, None if state is None else state.conv, state is not None)
+        o, s = decayed_attention(
+            q,
+            k,
+            v,
+            decay,
+            causal=self.causal,
+            initial_state=None if state is None else state.s,
+            return_state=state is not None,
+            exchange=self.exchange,
+            scale=self.key_dim**-0.5,
+            lengths=layout.lengths,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+        )
         y = self.norm(layout.restore(o)).flatten(2)
         if self.gate_proj is not None:
             y = y * _GATES[self.gate_fn](self.gate_proj(x))
@@ -222,6 +214,34 @@ class GatedLinearAttention(Mixer):
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(2), 0)
         return MixerOutput(y, None if s is None else GLAState(s, tail))
+
+    def _project(
+        self, x: Tensor, layout: Layout, before: Tensor | None, return_tail: bool
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+        """q, k, v and log decay as rows of `layout`, and the last inputs of the convolution, which read `before`."""
+        joint = layout.place(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1))
+        tail = None
+        if self.conv is not None:
+            joint, tail = self.conv(
+                joint, lengths=layout.lengths, state=before, return_state=return_tail, exchange=self.exchange
+            )
+        q, k, v = joint.split(self.widths, -1)
+        q, k, v = q.unflatten(-1, (self.num_heads, -1)), self._heads(k), self._heads(v)
+        if self.feature_map is not None:
+            q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
+        logits = layout.place(self.decay_proj(x))
+        decay = F.logsigmoid(logits.to(accumulation_dtype(logits.dtype))) / self.gate_logit_normalizer
+        decay = self._heads(decay if self.clamp_min is None else decay.clamp(min=self.clamp_min))
+        return (q, k, v, decay), tail
+
+    def chunk_summary(self, x: Tensor, *, state: State | None = None) -> ChunkSummary:
+        """See `Mixer.chunk_summary`."""
+        if not self.causal:
+            return super().chunk_summary(x)
+        before = None if state is None else state.conv
+        (_, k, v, decay), tail = self._project(x, lay_out(None, None, x.shape[1]), before, True)
+        factor, s = gated_chunk_summary(k, v, decay)
+        return ChunkSummary(GLAState(factor, None if tail is None else torch.zeros_like(tail)), GLAState(s, tail))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(R, M, Hkv K) to (R, M, H, K)."""

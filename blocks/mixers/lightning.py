@@ -33,16 +33,16 @@ from torch import Tensor, nn
 from ...kernels.dispatch import choose_backend
 from ...kernels.gated_linear_attention import (
     accumulation_dtype,
-    bidirectional_gated_linear_attention,
     check_chunk_size,
-    gated_linear_attention,
+    gated_chunk_summary,
 )
+from ..layers.decayed import decayed_attention
 from ..layers.norm import NORMS, create_norm
 from ..layers.positions import alibi_slopes
 from ..layers.projections import head_width
-from ..layers.rows import lay_out, zero_pads
+from ..layers.rows import Layout, lay_out, zero_pads
 from ..parameters import tag_parameter
-from ..protocol import Mixer, MixerOutput, State
+from ..protocol import ChunkSummary, Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 SCHEDULES = ("alibi", "minimax", "paper")
@@ -119,6 +119,8 @@ class LightningAttention(Mixer):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal"})
     streaming: ClassVar[bool] = True
+    linear_state: ClassVar[bool] = True
+    shared_patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal"})
     state_type = LightningState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "num_heads": 4, "chunk_size": 8},
@@ -229,28 +231,25 @@ class LightningAttention(Mixer):
         )
         x = zero_pads(x, mask)
         layout = lay_out(mask, cu_seqlens, x.shape[1])
-        q, k, v = F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), self.v_proj(x)
-        v = F.silu(v) if self.value_act else v
-        q, k, v = (layout.place(t.unflatten(-1, (self.num_heads, self.head_dim))) for t in (q, k, v))
+        before = None if state is None else state.position
+        q, k, v = self._project(x, layout, before)
         position: Tensor | None = None
-        if self.lrpe is not None:
-            before = q.new_zeros(1, dtype=torch.int64) if state is None else state.position
-            places = before.unsqueeze(1) + torch.arange(q.shape[1], device=q.device)
-            q, k = self.lrpe(q, places), self.lrpe(k, places)
-            position = before + (q.shape[1] if layout.lengths is None else layout.lengths)
-        decay = torch.tensor(self.log_decay, device=v.device, dtype=accumulation_dtype(v.dtype))
-        options: dict[str, Any] = {
-            "lengths": layout.lengths,
-            "chunk_size": self.chunk_size,
-            "backend": self.backend,
-        }
-        s = None
-        if self.causal:
-            initial = None if state is None else state.s
-            options |= {"initial_state": initial, "return_state": state is not None}
-            o, s = gated_linear_attention(q, k, v, decay, **options)
-        else:
-            o = bidirectional_gated_linear_attention(q, k, v, decay, **options)
+        if before is not None:
+            seen = q.shape[1] if self.exchange is None else self.exchange.total
+            position = before + (seen if layout.lengths is None else layout.lengths)
+        o, s = decayed_attention(
+            q,
+            k,
+            v,
+            self._decay(v),
+            causal=self.causal,
+            initial_state=None if state is None else state.s,
+            return_state=state is not None,
+            exchange=self.exchange,
+            lengths=layout.lengths,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+        )
         y = self.norm(layout.restore(o).flatten(2))
         if self.gate_proj is not None:
             gate = self.gate_proj(x)
@@ -259,6 +258,33 @@ class LightningAttention(Mixer):
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(2), 0)
         return MixerOutput(y, None if s is None else LightningState(s, position))
+
+    def _project(self, x: Tensor, layout: Layout, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as rows of `layout`. before: int64 (R,), tokens seen, None for none."""
+        q, k, v = F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), self.v_proj(x)
+        v = F.silu(v) if self.value_act else v
+        q, k, v = (layout.place(t.unflatten(-1, (self.num_heads, self.head_dim))) for t in (q, k, v))
+        if self.lrpe is not None:
+            before = q.new_zeros(1, dtype=torch.int64) if before is None else before
+            start = 0 if self.exchange is None else self.exchange.start
+            places = before.unsqueeze(1) + torch.arange(start, start + q.shape[1], device=q.device)
+            q, k = self.lrpe(q, places), self.lrpe(k, places)
+        return q, k, v
+
+    def _decay(self, v: Tensor) -> Tensor:
+        return torch.tensor(self.log_decay, device=v.device, dtype=accumulation_dtype(v.dtype))
+
+    def chunk_summary(self, x: Tensor, *, state: State | None = None) -> ChunkSummary:
+        """See `Mixer.chunk_summary`; with lrpe, of tokens that follow those that `state` counts."""
+        if not self.causal:
+            return super().chunk_summary(x)
+        before = None if state is None else state.position
+        _, k, v = self._project(x, lay_out(None, None, x.shape[1]), before)
+        decay, s = gated_chunk_summary(k, v, self._decay(v))
+        if self.lrpe is None:
+            return ChunkSummary(LightningState(decay), LightningState(s))
+        count = torch.full((x.shape[0],), x.shape[1], device=x.device)
+        return ChunkSummary(LightningState(decay, torch.ones_like(count)), LightningState(s, count))
 
     def _check_state(self, state: State, rows: int) -> None:
         fresh = self.init_state(0)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.dispatch import choose_backend
-from ...kernels.linear_attention import LinearState, accumulation_dtype, linear_attention
+from ...kernels.linear_attention import LinearState, accumulation_dtype, linear_attention, linear_summary
 from ..layers.rows import zero_pads
-from ..protocol import Mixer, MixerOutput
+from ..protocol import ChunkSummary, Mixer, MixerOutput, map_state
 from ..registry import did_you_mean, register_mixer
 
 
@@ -44,6 +44,8 @@ class LinearAttention(Mixer):
 
     patterns = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming = True
+    linear_state = True
+    shared_patterns = patterns
     state_type = LinearState
     variants = {
         "default": {},
@@ -119,23 +121,48 @@ class LinearAttention(Mixer):
         x = zero_pads(x, mask)
         source = x if context is None else zero_pads(context, context_mask)
         phi = FEATURE_MAPS[self.feature_map]
-        heads = self.num_heads, self.head_dim
+        q = phi(self.q_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
+        k, v = self._keys(source)
+        before, last = state, None
+        if self.exchange is not None and not self.cross:
+            # The other ranks' sums come before own tokens, whatever their order without causality.
+            own = linear_summary(k, v)
+            if self.causal:
+                found, last = self.exchange.prefix([None, None], own, state, return_last=state is not None)
+            else:
+                found = self.exchange.others(own)
+            before = LinearState(*found)
         y, new_state = linear_attention(
-            phi(self.q_proj(x)).unflatten(-1, heads),
-            phi(self.k_proj(source)).unflatten(-1, heads),
-            self.v_proj(source).unflatten(-1, heads),
+            q,
+            k,
+            v,
             causal=self.causal and not self.cross,
             eps=self.eps,
             key_mask=context_mask if self.cross else mask,
             cu_seqlens=cu_seqlens,
-            initial_state=state,
-            return_state=state is not None,
+            initial_state=before,
+            return_state=state is not None and last is None,
             backend=self.backend,
         )
+        if last is not None:
+            new_state = LinearState(*last)
         y = self.proj_drop(self.out_proj(y.flatten(2)))
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
         return MixerOutput(y, new_state)
+
+    def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """k, through its feature map, and v, (B, S, H, K) each."""
+        heads = self.num_heads, self.head_dim
+        k = FEATURE_MAPS[self.feature_map](self.k_proj(source)).unflatten(-1, heads)
+        return k, self.v_proj(source).unflatten(-1, heads)
+
+    def chunk_summary(self, x: Tensor, *, state: LinearState | None = None) -> ChunkSummary:
+        """See `Mixer.chunk_summary`: nothing is forgotten, so the transition is 1."""
+        if not self.causal or self.cross:
+            return super().chunk_summary(x)
+        own = linear_summary(*self._keys(x))
+        return ChunkSummary(map_state(torch.ones_like, own), own)
 
     def init_state(
         self,

@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.dispatch import choose_backend
-from ...kernels.selective_scan import selective_scan
+from ...kernels.selective_scan import selective_scan, selective_scan_summary
 from ..layers.conv import ShortConv
 from ..layers.rows import lay_out, zero_pads
 from ..layers.ssm import check_step_options, inner_width, step_bias
 from ..parameters import tag_parameter
-from ..protocol import Mixer, MixerOutput, State
+from ..protocol import ChunkSummary, Exchange, Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 
@@ -86,26 +86,58 @@ class _SelectiveSSM(nn.Module):
         tag_parameter(self, "d", weight_decay=0.0)
         tag_parameter(self.dt_proj, "bias", weight_decay=0.0)
 
-    def forward(self, x: Tensor, lengths: Tensor | None, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
+    def forward(
+        self, x: Tensor, lengths: Tensor | None, state: MambaState | None, exchange: Exchange | None = None
+    ) -> tuple[Tensor, MambaState | None]:
         carried = state is not None
-        x, tail = self.conv(x, lengths=lengths, state=state.conv if state else None, return_state=carried)
-        low, b, c = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
-        dt = F.linear(low, self.dt_proj.weight)
-        wide = torch.promote_types(dt.dtype, torch.float32)
+        terms, tail = self._terms(x, lengths, state, carried, exchange)
+        u, dt, a, b, c = terms
+        before, last = None if state is None else state.h, None
+        if exchange is not None:
+            decay, h = self._summary(u, dt, a, b)
+            (before,), last = exchange.prefix([decay], [h], None if state is None else [state.h], return_last=carried)
         y, h = selective_scan(
-            x,
-            F.softplus(dt.to(wide) + self.dt_proj.bias.to(wide)),
-            -torch.exp(self.a_log.to(wide)),
+            u,
+            dt,
+            a,
             b,
             c,
             skip=self.d,
             lengths=lengths,
-            initial_state=state.h if state else None,
-            return_state=carried,
+            initial_state=before,
+            return_state=carried and last is None,
             chunk_size=self.chunk_size,
             backend=self.backend,
         )
+        h = h if last is None else last[0]
         return y, None if tail is None or h is None else MambaState(tail, h)
+
+    def summary(self, x: Tensor, state: MambaState | None) -> ChunkSummary:
+        """See `Mixer.chunk_summary`; x (B, L, E)."""
+        (u, dt, a, b, _), tail = self._terms(x, None, state, True, None)
+        decay, h = self._summary(u, dt, a, b)
+        return ChunkSummary(MambaState(torch.zeros_like(tail), decay), MambaState(tail, h))
+
+    def _summary(self, u: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan_summary(u, dt, a, b, chunk_size=self.chunk_size, backend=self.backend)
+
+    def _terms(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        state: MambaState | None,
+        return_tail: bool,
+        exchange: Exchange | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+        """u, dt, A, B and C of the scan, and the last inputs of the convolution."""
+        x, tail = self.conv(
+            x, lengths=lengths, state=state.conv if state else None, return_state=return_tail, exchange=exchange
+        )
+        low, b, c = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt = F.linear(low, self.dt_proj.weight)
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_proj.bias.to(wide))
+        return (x, dt, -torch.exp(self.a_log.to(wide)), b, c), tail
 
 
 @register_mixer(
@@ -132,6 +164,8 @@ class Mamba(Mixer):
 
     patterns = frozenset({"self", "causal"})
     streaming = True
+    linear_state = True
+    shared_patterns = patterns
     state_type = MambaState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "d_state": 4, "chunk_size": 4},
@@ -228,14 +262,21 @@ class Mamba(Mixer):
         layout = lay_out(mask, cu_seqlens, x.shape[1])
         u, gate = self.in_proj(x).chunk(2, -1)
         u = layout.place(u)
-        y, state = self.scan(u, layout.lengths, state)
+        y, state = self.scan(u, layout.lengths, state, self.exchange)
         if self.scan_reverse is not None:
-            back, _ = self.scan_reverse(layout.reverse(u), layout.lengths, None)
+            exchange = None if self.exchange is None else self.exchange.reversed
+            back, _ = self.scan_reverse(layout.reverse(u), layout.lengths, None, exchange)
             y = y + layout.reverse(back)
         y = self.out_proj(layout.restore(y) * F.silu(gate))
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(2), 0)
         return MixerOutput(y, state)
+
+    def chunk_summary(self, x: Tensor, *, state: State | None = None) -> ChunkSummary:
+        """See `Mixer.chunk_summary`."""
+        if not self.causal:
+            return super().chunk_summary(x)
+        return self.scan.summary(self.in_proj(x).chunk(2, -1)[0], state)
 
     def init_state(
         self,

@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.dispatch import choose_backend
-from ...kernels.gated_linear_attention import gated_linear_attention
+from ...kernels.gated_linear_attention import gated_chunk_summary, gated_linear_attention
 from ..layers.conv import ShortConv
 from ..layers.projections import check_divides
 from ..layers.rows import lay_out, zero_pads
 from ..layers.ssm import check_step_options, inner_width, step_bias
 from ..parameters import tag_parameter
-from ..protocol import Mixer, MixerOutput, State
+from ..protocol import ChunkSummary, Exchange, Mixer, MixerOutput, State
 from ..registry import register_mixer
 
 
@@ -89,31 +89,64 @@ class _SSD(nn.Module):
             tag_parameter(self, name, weight_decay=0.0)
 
     def forward(
-        self, xbc: Tensor, dt: Tensor, lengths: Tensor | None, state: Mamba2State | None
+        self,
+        xbc: Tensor,
+        dt: Tensor,
+        lengths: Tensor | None,
+        state: Mamba2State | None,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, Mamba2State | None]:
         carried = state is not None
-        xbc, tail = self.conv(xbc, lengths=lengths, state=state.conv if state else None, return_state=carried)
+        (x, b, c, dt, decay), tail = self._terms(xbc, dt, lengths, state, carried, exchange)
+        v = x * dt.unsqueeze(-1)
+        before, last = state.h if state else None, None
+        if exchange is not None:
+            factor, own = gated_chunk_summary(b, v, decay)
+            (before,), last = exchange.prefix([factor], [own], [state.h] if state else None, return_last=carried)
+        y, h = gated_linear_attention(
+            c,
+            b,
+            v,
+            decay,
+            lengths=lengths,
+            initial_state=before,
+            return_state=carried and last is None,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+        )
+        h = h if last is None else last[0]
+        y = y + self.d.to(x.dtype).view(self.num_heads, -1) * x
+        return y.flatten(2), None if tail is None or h is None else Mamba2State(tail, h)
+
+    def summary(self, xbc: Tensor, dt: Tensor, state: Mamba2State | None) -> ChunkSummary:
+        """See `Mixer.chunk_summary`; arguments as forward's."""
+        (x, b, _, dt, decay), tail = self._terms(xbc, dt, None, state, True, None)
+        factor, h = gated_chunk_summary(b, x * dt.unsqueeze(-1), decay)
+        return ChunkSummary(Mamba2State(torch.zeros_like(tail), factor), Mamba2State(tail, h))
+
+    def _terms(
+        self,
+        xbc: Tensor,
+        dt: Tensor,
+        lengths: Tensor | None,
+        state: Mamba2State | None,
+        return_tail: bool,
+        exchange: Exchange | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+        """x (R, M, H, P), B and C (R, M, G, N), dt and log decay (R, M, H), and the convolution's last inputs."""
+        xbc, tail = self.conv(
+            xbc, lengths=lengths, state=state.conv if state else None, return_state=return_tail, exchange=exchange
+        )
         wide = torch.promote_types(dt.dtype, torch.float32)
         shared = self.num_groups * self.d_state
         x, b, c = xbc.to(wide).split([self.num_heads * self.head_dim, shared, shared], -1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        b, c = (t.unflatten(-1, (self.num_groups, self.d_state)) for t in (b, c))
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         low, high = self.dt_limit
         if low > 0 or high is not None:
             dt = dt.clamp(low, high)
-        y, h = gated_linear_attention(
-            c.unflatten(-1, (self.num_groups, self.d_state)),
-            b.unflatten(-1, (self.num_groups, self.d_state)),
-            x * dt.unsqueeze(-1),
-            dt * -torch.exp(self.a_log.to(wide)),
-            lengths=lengths,
-            initial_state=state.h if state else None,
-            return_state=carried,
-            chunk_size=self.chunk_size,
-            backend=self.backend,
-        )
-        y = y + self.d.to(wide).view(self.num_heads, -1) * x
-        return y.flatten(2), None if tail is None or h is None else Mamba2State(tail, h)
+        return (x, b, c, dt, dt * -torch.exp(self.a_log.to(wide))), tail
 
 
 class _GatedRMSNorm(nn.Module):
@@ -170,6 +203,8 @@ class Mamba2(Mixer):
 
     patterns = frozenset({"self", "causal"})
     streaming = True
+    linear_state = True
+    shared_patterns = patterns
     state_type = Mamba2State
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "d_state": 5, "head_dim": 8, "chunk_size": 4},
@@ -313,11 +348,12 @@ class Mamba2(Mixer):
         z0, x0, gate, inputs = self.in_proj(x).split(self.widths, -1)
         heads = self.scan.num_heads
         xbc, dt = layout.place(inputs).split([inputs.shape[-1] - heads, heads], -1)
-        y, state = self.scan(xbc, dt, layout.lengths, state)
+        y, state = self.scan(xbc, dt, layout.lengths, state, self.exchange)
         if self.in_proj_reverse is not None and self.scan_reverse is not None:
             own = torch.cat((inputs[..., : gate.shape[-1]], self.in_proj_reverse(x)), -1)
             xbc, dt = layout.reverse(layout.place(own)).split([inputs.shape[-1] - heads, heads], -1)
-            back, _ = self.scan_reverse(xbc, dt, layout.lengths, None)
+            exchange = None if self.exchange is None else self.exchange.reversed
+            back, _ = self.scan_reverse(xbc, dt, layout.lengths, None, exchange)
             y = y + layout.reverse(back)
         y = layout.restore(y)
         gate = F.silu(gate.to(y.dtype))
@@ -328,6 +364,14 @@ class Mamba2(Mixer):
         if mask is not None:
             y = y.masked_fill(~mask.unsqueeze(2), 0)
         return MixerOutput(y, state)
+
+    def chunk_summary(self, x: Tensor, *, state: State | None = None) -> ChunkSummary:
+        """See `Mixer.chunk_summary`."""
+        if not self.causal:
+            return super().chunk_summary(x)
+        inputs = self.in_proj(x).split(self.widths, -1)[3]
+        heads = self.scan.num_heads
+        return self.scan.summary(*inputs.split([inputs.shape[-1] - heads, heads], -1), state)
 
     def init_state(
         self,

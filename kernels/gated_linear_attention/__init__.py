@@ -14,6 +14,7 @@ from .bidirectional import beyond, diagonal
 from .chunked import chunked_gated_linear_attention
 from .naive import naive_gated_linear_attention
 from .portable import portable_gated_linear_attention
+from .summary import gated_chunk_summary
 
 __all__ = [
     "accumulation_dtype",
