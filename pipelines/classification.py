@@ -44,12 +44,13 @@ class ClassificationModule(TrainingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out, targets = self.training_output(batch)
-        loss = F.cross_entropy(out.y.float(), targets)
-        total = self.check_loss(loss + sum(out.aux.values()), batch_idx)
         number = len(batch["labels"])
+        loss, seen, _ = self.over_ranks(F.cross_entropy(out.y.float(), targets), number)
+        self.check_loss(seen + sum(out.aux.values()), batch_idx)
+        total = loss + sum(out.aux.values())
         self.log_auxiliary(out.aux, number)
         right = (out.y.detach().argmax(1) == batch["labels"]).float().mean()
-        self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
+        self.log("train/loss", seen, on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
         self.log("train/accuracy", right, on_step=False, on_epoch=True, batch_size=number)
         return total
 

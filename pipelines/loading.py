@@ -89,7 +89,8 @@ class BucketSampler(IndexSampler):
     """An `IndexSampler` whose training batches hold items of similar lengths: less padding.
 
     lengths: of the items. Of every fifty batches of a permutation the items are sorted by length, and the
-    batches come in random order; every item still comes once before any comes twice.
+    batches come in random order; every item still comes once before any comes twice. With several processes a batch in
+    this sense is that of all of them, of which each takes its part: they wait for none with longer items.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, *, seed: int = 0, steps: int | None = None) -> None:
@@ -100,14 +101,15 @@ class BucketSampler(IndexSampler):
     def _permutation(self, cycle: int) -> np.ndarray:
         if self._bucketed is None or self._bucketed[0] != cycle:
             order = super()._permutation(cycle).copy()
-            size = self.batch_size * _WINDOW
+            together = self.batch_size * _process()[1]
+            size = together * _WINDOW
             random = np.random.default_rng([self.seed, cycle, 1])
             for begin in range(0, len(order), size):
                 window = order[begin : begin + size]
                 window = window[np.argsort(self.lengths[window], kind="stable")]
-                whole = len(window) // self.batch_size * self.batch_size
+                whole = len(window) // together * together
                 # the one short batch, at the end of the last window, stays where it is
-                batches = window[:whole].reshape(-1, self.batch_size)
+                batches = window[:whole].reshape(-1, together)
                 window = np.concatenate([batches[random.permutation(len(batches))].reshape(-1), window[whole:]])
                 order[begin : begin + size] = window
             self._bucketed = (cycle, order)
@@ -115,10 +117,19 @@ class BucketSampler(IndexSampler):
 
 
 class NumberSampler(IndexSampler):
-    """Arrays of numbers that never come again, batch by batch; which ones is a function of epoch and step alone."""
+    """Arrays of numbers that never come again, batch by batch; which ones is a function of epoch and step alone.
 
-    def __init__(self, batch_size: int, *, steps: int) -> None:
-        super().__init__(batch_size, batch_size, shuffle=True, steps=steps)
+    steps: batches of an epoch in each process; or size: numbers of an epoch, in all of them together.
+    """
+
+    def __init__(self, batch_size: int, *, steps: int | None = None, size: int | None = None) -> None:
+        if (steps is None) == (size is None):
+            raise ValueError(f"steps={steps} and size={size}: give one of them")
+        super().__init__(batch_size, batch_size, shuffle=True, steps=1 if steps is None else steps)
+        self.numbers = size
+
+    def __len__(self) -> int:
+        return super().__len__() if self.numbers is None else -(-self.numbers // (self.batch_size * _process()[1]))
 
     def _permutation(self, cycle: int) -> np.ndarray:
         return np.arange(cycle * self.batch_size, (cycle + 1) * self.batch_size, dtype=np.int64)
@@ -164,6 +175,18 @@ class ResumableLoader(DataLoader[Any]):
         if isinstance(sampler, IndexSampler):
             sampler.set_epoch(state["epoch"])
             self._taken = sampler.position = state["taken"] if state["taken"] < len(sampler) else 0
+
+
+class EvaluationLoader(DataLoader[Any]):
+    """A DataLoader over an `IndexSampler` of evaluation, which may have no batch for this process.
+
+    Its length is at least 1 then: Lightning refuses a loader without batches, and the others would wait for ever for
+    the sums of a process that leaves its evaluation out.
+    """
+
+    def __len__(self) -> int:
+        own = super().__len__()
+        return max(own, 1) if getattr(self.sampler, "size", 0) else own
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:

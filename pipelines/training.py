@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -19,6 +18,7 @@ from ..zoo._layers import check_layer_decay, layer_scales
 from .errors import UserError
 from .loading import ResumableLoader
 from .muon import create_muon
+from .ranks import RankedModule
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 SCHEDULERS = ("none", "cosine", "wsd", "informer")
@@ -92,7 +92,7 @@ def schedule(options: dict[str, Any], total_steps: int) -> tuple[str, Callable[[
     return "step", factor
 
 
-class TrainingModule(L.LightningModule):
+class TrainingModule(RankedModule):
     """Base of the tasks' modules. A subclass builds `self.net`, keeps its data's `schema` and defines the steps.
 
     schema: what the model needs to know of its data, plain values; exported beside it. loss_name: of the loss curves.
@@ -112,6 +112,7 @@ class TrainingModule(L.LightningModule):
                 check_layer_decay(self.optimizer_options["layer_decay"])
         self.scheduler_options = dict(scheduler)
         self._generators: dict[str, Any] | None = None
+        self._ranks: dict[str, Any] | None = None
         self._position: dict[str, int] | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -124,9 +125,11 @@ class TrainingModule(L.LightningModule):
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+        self.save_ranks(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._generators, self._position = checkpoint.get("generators"), checkpoint.get("data_position")
+        self._ranks = checkpoint.get("ranks")
 
     def on_train_start(self) -> None:
         loader = self.trainer.train_dataloader
@@ -138,6 +141,8 @@ class TrainingModule(L.LightningModule):
             if self._generators["cuda"] and len(self._generators["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(self._generators["cuda"])
             self._generators = None
+        self.start_ranks(self._ranks)
+        self._ranks = None
 
     def configure_optimizers(self) -> Any:
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
@@ -178,13 +183,6 @@ class TrainingModule(L.LightningModule):
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
             return
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def sum_over_ranks(self, flat: torch.Tensor) -> torch.Tensor:
-        """The sum of a vector over all processes, on the CPU."""
-        gathered = self.all_gather(flat.to(self.device))
-        if not isinstance(gathered, torch.Tensor):
-            raise TypeError(f"all_gather of a tensor returned a {type(gathered).__name__}")
-        return gathered.view(-1, flat.numel()).sum(0).cpu()
 
     def check_loss(self, loss: torch.Tensor, batch_index: int) -> torch.Tensor:
         """Stop with the name of the first parameter that is not finite when the loss is not."""

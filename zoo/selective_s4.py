@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..blocks.layers.norm import LayerNorm
+from ..blocks.layers.ranks import own_rows, rows_of_ranks
 from ..blocks.layers.rows import take
 from ._registry import register_sizes
 from .vis4mer import SIZES, ViS4mer
@@ -190,8 +191,8 @@ class LongShortContrast(nn.Module):
 
     Of each video a long and a short clip come, a random share of the tokens of both is left out; the model, and its
     momentum copy, which is in eval mode, make vectors of them, projected to length 1. InfoNCE pulls the short clip of a
-    video to its long one and the long one to the short, with the other videos of the batch as negatives. A
-    reconstruction, as above.
+    video to its long one and the long one to the short, with the other videos of the batch as negatives, in training
+    those of all processes. A reconstruction, as above.
 
     model: with `embed(frames, mask)`, whose y is (B, width). width: of y. embed_dim: of the projections.
     temperature: t of the loss. momentum: mu. mask_ratio: from .. to, of the frames that are left out.
@@ -235,7 +236,7 @@ class LongShortContrast(nn.Module):
         """long, short: two clips of each video, (B, T, ...) and (B, T', ...), as the model takes them. Returns the loss
         and the share of videos whose short clip is nearest to its own long one, and the model's auxiliary losses."""
         views = [
-            (clip, random_tokens(clip, mask, self.mask_ratio, generator))
+            (clip, random_tokens(clip, mask, self.mask_ratio, generator, shared=self.training))
             for clip, mask in ((long, long_mask), (short, short_mask))
         ]
         if self.training:
@@ -245,8 +246,10 @@ class LongShortContrast(nn.Module):
         queries = [F.normalize(self.projector(out.y), dim=-1) for out in found]
         with torch.no_grad():
             keys = [F.normalize(self.momentum_projector(self.momentum_model.embed(*view).y), dim=-1) for view in views]
+        if self.training:
+            queries, keys = [rows_of_ranks(x) for x in queries], [rows_of_ranks(x) for x in keys]
         loss = long_short_loss(queries[0], queries[1], keys[0], keys[1], self.temperature)
-        right = (queries[1] @ keys[0].mT).argmax(1) == torch.arange(len(long), device=long.device)
+        right = (queries[1] @ keys[0].mT).argmax(1) == torch.arange(len(keys[0]), device=long.device)
         aux = {key: found[0].aux[key] + found[1].aux[key] for key in found[0].aux}
         return loss, {"right": right.float().mean(), **aux}
 
@@ -263,16 +266,24 @@ def long_short_loss(
 
 
 def random_tokens(
-    frames: Tensor, mask: Tensor | None, ratio: tuple[float, float], generator: torch.Generator | None = None
+    frames: Tensor,
+    mask: Tensor | None,
+    ratio: tuple[float, float],
+    generator: torch.Generator | None = None,
+    *,
+    shared: bool = False,
 ) -> Tensor:
     """What is left when of each row's real frames a random share, from ratio[0] to ratio[1], is left out: bool (B, T),
-    at least one of each row that has any."""
+    at least one of each row that has any. shared: see `own_rows`, of a generator that all processes have."""
     device = "cpu" if generator is None else generator.device
     real = torch.ones(frames.shape[:2], dtype=torch.bool) if mask is None else mask
     number = real.sum(1).to(device)
-    share = ratio[0] + (ratio[1] - ratio[0]) * torch.rand(len(frames), generator=generator, device=device)
+    batch, length = frames.shape[:2]
+    part = own_rows(batch, lambda n: torch.rand(n, generator=generator, device=device), shared=shared)
+    share = ratio[0] + (ratio[1] - ratio[0]) * part
     left = torch.maximum(number - (share * number).round().long(), number.clamp_max(1))
-    noise = torch.rand(frames.shape[:2], generator=generator, device=device).to(frames.device)
+    noise = own_rows(batch, lambda n: torch.rand(n, length, generator=generator, device=device), shared=shared)
+    noise = noise.to(frames.device)
     rank = noise.masked_fill(~real.to(frames.device), 2.0).argsort(1).argsort(1)
     return rank < left.to(frames.device).unsqueeze(1)
 

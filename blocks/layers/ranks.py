@@ -6,6 +6,7 @@ all of them compute from all rows has the gradient that one process would have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +80,19 @@ def rows_of_ranks(x: Tensor, *, fill: float = 0) -> Tensor:
     # NCCL knows no bool
     rows = _Rows.apply(x.to(torch.uint8) if x.dtype == torch.bool else x, sizes_of_ranks(len(x), x.device))
     return rows.to(x.dtype)
+
+
+def own_rows(number: int, draw: Callable[[int], Tensor], *, shared: bool = True) -> Tensor:
+    """What is drawn for this process's rows of a batch that all processes draw for, each from the same generator.
+
+    number: of its rows. draw: gives the drawn rows of so many. shared: False for a batch of this process alone.
+    """
+    if not shared or num_ranks() == 1:
+        return draw(number)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    sizes = sizes_of_ranks(number, device)
+    first = sum(sizes[: dist.get_rank()])
+    return draw(sum(sizes))[first : first + number]
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):

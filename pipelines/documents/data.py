@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError, check_whole, nearest
 from ..labelled_data import check_labels_known
-from ..loading import BucketSampler, IndexSampler, ResumableLoader, loader_options
+from ..loading import BucketSampler, EvaluationLoader, IndexSampler, ResumableLoader, loader_options
 from ..text.tokenizer import Tokenizer, create_tokenizer
 from .arena import SOURCES, check_settings, load_arena
 from .labelled import LABELLED, load_labelled
@@ -207,4 +207,4 @@ class DocumentData(L.LightningDataModule):
         """Every document once, sorted by length."""
         batches = DocumentBatches(documents, by_length=True)
         sampler = IndexSampler(len(documents), self.eval_batch_size)
-        return DataLoader(batches, sampler=sampler, **loader_options(self.num_workers))
+        return EvaluationLoader(batches, sampler=sampler, **loader_options(self.num_workers))

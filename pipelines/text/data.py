@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..atomic import atomic_write_text
 from ..errors import UserError, check_whole, nearest
-from ..loading import IndexSampler, ResumableLoader, loader_options
+from ..loading import EvaluationLoader, IndexSampler, ResumableLoader, loader_options
 from .compressors import TEST_MOST, TRAIN_MOST, baselines
 from .corpus import SPLITS, Corpus, load_corpus
 from .rows import CarriedRows, PackedRows, SlidingRows
@@ -196,12 +196,12 @@ class TextData(L.LightningDataModule):
         else:
             number = len(dataset)  # type: ignore[arg-type]
             sampler = IndexSampler(number, max(min(self.eval_batch_size, number // world), 1))
-        if not len(sampler):
+        if protocol == "carried" and not len(sampler):
             raise UserError(
                 f"data.path={self.path}: too few documents for {stage} with {world} processes; "
                 "use fewer (trainer.devices) or a larger part of data.split_ratio"
             )
-        return DataLoader(dataset, sampler=sampler, **loader_options(self.num_workers))
+        return EvaluationLoader(dataset, sampler=sampler, **loader_options(self.num_workers))
 
 
 class _EveryStep(IndexSampler):

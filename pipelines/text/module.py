@@ -129,8 +129,9 @@ class LanguageModule(TrainingModule):
         return self.net(batch["tokens"], mask=batch.get("mask"), cu_seqlens=batch.get("cu_seqlens"), state=state)
 
     def _masked(self, batch: Batch, *, fixed: bool = False) -> Batch:
-        """Inputs with hidden tokens. fixed: the same ones every time, on any number of processes."""
-        place = positions({**batch, "start": batch["first"]}).expand_as(batch["tokens"]) if fixed else None
+        """Inputs with hidden tokens: others in every step, fixed: the same ones every time; in any batch and on any
+        number of processes."""
+        place = positions({**batch, "start": batch["first"]}).expand_as(batch["tokens"])
         inputs, targets = mask_tokens(
             batch["tokens"],
             share=self.task["mask_share"],
@@ -138,6 +139,7 @@ class LanguageModule(TrainingModule):
             vocab_size=self.schema["vocab_size"],
             real=batch.get("mask"),
             place=place,
+            draw=0 if fixed else 1 + self.global_step,
         )
         return {**batch, "tokens": inputs, "targets": targets}
 
@@ -151,12 +153,14 @@ class LanguageModule(TrainingModule):
         if state is not None:
             self._state = detach_state(out.state)
         asked = (batch["targets"] >= 0).sum()
-        loss = token_losses(out.y, batch["targets"]).sum() / asked.clamp(min=1) + sum(out.aux.values())
-        self.check_loss(loss, batch_idx)
-        number = int(asked)
+        own = token_losses(out.y, batch["targets"]).sum() / asked.clamp(min=1)
+        loss, seen, total = self.over_ranks(own, asked)
+        seen = seen + sum(value.detach() for value in out.aux.values())
+        self.check_loss(seen, batch_idx)
+        number = int(total)
         self.log_auxiliary(out.aux, number)
-        self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
-        return loss
+        self.log("train/loss", seen, on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
+        return loss + sum(out.aux.values())
 
     # validation and test: sums, so that neither the batch size nor the number of processes matters -----------------
 

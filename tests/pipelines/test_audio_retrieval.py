@@ -238,10 +238,9 @@ def test_equal_sets_of_joined_texts_are_one_group(table: Path, encoder: None):
     data = pair_data(table, join=2)
     data.setup("fit")
     batches = data.batches("train", join=2)
-    joined: dict[tuple[int, ...], int] = {}
-    one = batches._group([0, 5], joined)
-    assert one == batches._group([5, 0], joined) != batches._group([0, 1], joined)
-    assert batches._group([3], joined) == batches.groups[3] < one
+    one = batches._group([0, 5])
+    assert one == batches._group([5, 0]) != batches._group([0, 1])
+    assert batches._group([3]) == batches.groups[3] < one
 
 
 def test_pairs_that_are_wrong_name_their_row(table: Path, encoder: None, tmp_path: Path):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...errors import UserError, check_whole, nearest
 from ...labelled_data import LabelledClipData, labels_of, limited
 from ...labelled_tables import TABLES
-from ...loading import BucketSampler, IndexSampler, ResumableLoader, loader_options
+from ...loading import BucketSampler, EvaluationLoader, IndexSampler, ResumableLoader, loader_options
 from ..clips import SPLITS, Clip, assign_splits, read_clip, shared_between
 from ..faults import LEAST_RATE
 from ..hub import hub_clips
@@ -202,7 +202,7 @@ class AudioClipData(LabelledClipData[Clip]):
     def evaluation(self, clips: Sequence[Clip]) -> DataLoader[Any]:
         """Every clip once, in order."""
         sampler = IndexSampler(len(clips), self.eval_batch_size)
-        return DataLoader(self.batches(clips), sampler=sampler, **loader_options(self.num_workers))
+        return EvaluationLoader(self.batches(clips), sampler=sampler, **loader_options(self.num_workers))
 
     # clips ------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError, check_whole, nearest
 from ...labelled_data import check_labels_known
-from ...loading import IndexSampler, NumberSampler, ResumableLoader, loader_options
+from ...loading import EvaluationLoader, IndexSampler, NumberSampler, ResumableLoader, loader_options
 from ...spans import union
 from ..backgrounds import Background, cut_backgrounds
 from ..clips import SPLITS, Clip, assign_splits, check_overlaps
@@ -326,7 +326,7 @@ class AudioEventData(L.LightningDataModule):
     def evaluation(self, recordings: Sequence[EventRecording]) -> DataLoader[Any]:
         """Every recording once, whole: its samples are read by what evaluates it."""
         sampler = IndexSampler(len(recordings), 1)
-        return DataLoader(RecordingSet(recordings), sampler=sampler, **{**loader_options(0), "pin_memory": False})
+        return EvaluationLoader(RecordingSet(recordings), sampler=sampler, **{**loader_options(0), "pin_memory": False})
 
 
 def _seconds(clip: Clip) -> float:

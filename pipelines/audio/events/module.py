@@ -129,11 +129,13 @@ class AudioEventModule(TrainingModule):
         features = self.augment.features(front.features, front.lengths, encoder.front_end, generator)
         out = self.net.detect(features, front.lengths)
         spans = batch["spans"] + (shift.double() / rate).to(batch["spans"].device).view(-1, 1, 1)
-        loss = self._loss(out.y, out.lengths, spans, batch["classes"])
-        total = self.check_loss(loss + sum(out.aux.values()), batch_idx)
+        own = self._loss(out.y, out.lengths, spans, batch["classes"])
+        loss, seen, _ = self.over_ranks(own, out.lengths.sum())
+        self.check_loss(seen + sum(out.aux.values()), batch_idx)
+        total = loss + sum(out.aux.values())
         number = len(samples)
         self.log_auxiliary(out.aux, number)
-        self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
+        self.log("train/loss", seen, on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
         return total
 
     def _loss(self, logits: Tensor, lengths: Tensor, spans: Tensor, classes: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...errors import UserError, check_whole, nearest
-from ...loading import BucketSampler, IndexSampler, ResumableLoader, loader_options
+from ...loading import BucketSampler, EvaluationLoader, IndexSampler, ResumableLoader, loader_options
 from ...text_vectors import TextVectors, encode_texts, pad_tokens
 from ..classify.data import ClipBatches, durations
 from ..clips import SPLITS, Clip, assign_splits, shared_between
@@ -65,12 +66,11 @@ class PairBatches(ClipBatches):
         padded = np.zeros((len(samples), max(lengths)), dtype=np.float32)
         for line, sound in zip(padded, samples, strict=True):
             line[: len(sound)] = sound
-        joined: dict[tuple[int, ...], int] = {}
         batch = {
             "samples": torch.from_numpy(padded),
             "lengths": torch.tensor(lengths),
             "text": torch.stack([_unit(self.vectors.vectors[part].mean(0)) for part in parts]),
-            "group": torch.tensor([self._group(part, joined) for part in parts]),
+            "group": torch.tensor([self._group(part) for part in parts]),
             "clip": torch.tensor([part[0] for part in parts]),
         }
         if self.words:
@@ -78,11 +78,14 @@ class PairBatches(ClipBatches):
             batch["tokens"], batch["token_mask"] = pad_tokens(words)
         return batch
 
-    def _group(self, part: list[int], joined: dict[tuple[int, ...], int]) -> int:
-        """The number of a row: of its recording in the set, or one above those for each set of several in the batch."""
-        if len(part) == 1:
-            return int(self.groups[part[0]])
-        return joined.setdefault(tuple(sorted(self.groups[part].tolist())), len(self) + len(joined))
+    def _group(self, part: list[int]) -> int:
+        """The number of a row: of its recording in the set, or one above those that follows from the several it has, so
+        that equal ones of several processes have the same."""
+        groups = sorted(self.groups[part].tolist())
+        if len(groups) == 1:
+            return groups[0]
+        digest = hashlib.blake2b(repr(groups).encode(), digest_size=7).digest()
+        return len(self) + int.from_bytes(digest, "little")
 
     def _rows(self, index: np.ndarray) -> list[list[int]]:
         """The recordings of each row: its own first."""
@@ -281,7 +284,7 @@ class AudioPairData(L.LightningDataModule):
     def evaluation(self, stage: str) -> DataLoader[Any]:
         """Every pair once, from the shortest recording to the longest."""
         sampler = IndexSampler(len(self.sets[stage]), self.eval_batch_size)
-        return DataLoader(self.batches(stage), sampler=sampler, **loader_options(self.num_workers))
+        return EvaluationLoader(self.batches(stage), sampler=sampler, **loader_options(self.num_workers))
 
     def _cut(self, clips: Sequence[Clip]) -> list[Clip]:
         """The first max_seconds of each."""

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ....blocks.layers.ranks import rows_of_ranks
 from ....blocks.protocol import Mixer
 from ....zoo.audio_text import AudioTextModel, ClipOutput
 from ...errors import UserError
 from ...nets import create_net
+from ...ranks import every_rank
 from ...text_vectors import pad_tokens
 from ...training import TrainingModule
 from ..augmenting import Augmentation, step_generator
@@ -37,10 +38,7 @@ class Found:
 
     def gather(self) -> None:
         """The rows of all processes, in their order, each once."""
-        if dist.is_available() and dist.is_initialized():
-            every: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(every, self.rows)
-            self.rows = [row for rows in every for row in rows]
+        self.rows = [row for rows in every_rank(self.rows) for row in rows]
         self.rows = list({row[0]: row for row in sorted(self.rows, key=lambda row: row[0])}.values())
 
 
@@ -48,8 +46,8 @@ class AudioTextModule(TrainingModule):
     """Trains a model of recordings and texts; an evaluation compares every recording with every text of its set.
 
     model: {"name", **options} of a zoo model. task: recall_at, grad_checkpointing, augment (see `Augmentation`), seed
-    of it. schema: `AudioPairData.schema()`. mixer_class: the class of a user's own mixer. With several processes a
-    recording is compared with the texts of its own process in training.
+    of it. schema: `AudioPairData.schema()`. mixer_class: the class of a user's own mixer. With several processes every
+    recording is compared with the texts of all of them.
     """
 
     net: AudioTextModel
@@ -87,12 +85,14 @@ class AudioTextModule(TrainingModule):
         features = self.augment.features(front.features, front.lengths, self.net.encoder.front_end, generator)
         out = self.net.encode(features, front.lengths)
         text, tokens = self.net.embed_texts(batch["text"], batch.get("tokens"))
-        similarity = self.net.score(
-            out.y, text, tokens, clip_mask=out.mask, token_mask=batch.get("token_mask") if tokens is not None else None
-        )
-        loss = self.net.score.loss(similarity, batch["group"])
+        token_mask = batch.get("token_mask") if tokens is not None else None
+        clips, clip_mask, text, group = (rows_of_ranks(x) for x in (out.y, out.mask, text, batch["group"]))
+        if tokens is not None and token_mask is not None:
+            tokens, token_mask = rows_of_ranks(tokens), rows_of_ranks(token_mask)
+        similarity = self.net.score(clips, text, tokens, clip_mask=clip_mask, token_mask=token_mask)
+        loss = self.net.score.loss(similarity, group)
         total = self.check_loss(loss + sum(out.aux.values()), batch_idx)
-        number = len(lengths)
+        number = len(similarity)
         self.log_auxiliary(out.aux, number)
         right = (similarity.detach().argmax(0) == torch.arange(number, device=loss.device)).float().mean()
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ...errors import UserError
 from ...labelled_tables import TABLES
-from ...loading import IndexSampler, loader_options
+from ...loading import EvaluationLoader, IndexSampler, loader_options
 from ...text_vectors import encode_texts
 from ..classify.data import ClipBatches, durations
 from ..clips import Clip
@@ -90,7 +89,7 @@ def _clip_vectors(
     lengths = durations([piece for _, _, piece in pieces])
     pieces = [pieces[place] for place in np.argsort(lengths, kind="stable")]
     batches = ClipBatches([piece for _, _, piece in pieces], [], sample_rate=data.sample_rate)
-    loader: DataLoader[Any] = DataLoader(
+    loader = EvaluationLoader(
         batches, sampler=IndexSampler(len(pieces), data.eval_batch_size), **loader_options(data.num_workers)
     )
     found: list[list[tuple[float, Tensor]]] = [[] for _ in recordings]

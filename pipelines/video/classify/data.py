@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...errors import UserError, check_whole, nearest
 from ...labelled_data import LabelledClipData, labels_of, limited
 from ...labelled_tables import TABLES
-from ...loading import IndexSampler, NumberSampler, ResumableLoader, loader_options
+from ...loading import EvaluationLoader, IndexSampler, NumberSampler, ResumableLoader, loader_options
 from ..cache import FeatureCache
 from ..clips import SPLITS, VideoClip, assign_splits, shared_between
 from ..faults import VideoError
@@ -247,17 +247,16 @@ class VideoClipData(LabelledClipData[VideoClip]):
 
     def train_dataloader(self) -> DataLoader[Any]:
         clips = self.sets["train"]
-        steps = self.steps or -(-len(clips) // self.batch_size)
         sampling = self.sampling if self.jitter else _Middles(*self.sampling)
         batches = VideoBatches(clips, self.labels, self.looking, sampling, seed=self.seed, bad=self.bad)
-        sampler = NumberSampler(self.batch_size, steps=steps)
+        sampler = NumberSampler(self.batch_size, steps=self.steps, size=None if self.steps else len(clips))
         return ResumableLoader(batches, sampler=sampler, **loader_options(self.num_workers))
 
     def evaluation(self, clips: Sequence[VideoClip]) -> DataLoader[Any]:
         """Every clip once, in order."""
         sampler = IndexSampler(len(clips), self.eval_batch_size)
         batches = VideoBatches(clips, self.labels, self.looking, self.sampling)
-        return DataLoader(batches, sampler=sampler, **loader_options(self.num_workers))
+        return EvaluationLoader(batches, sampler=sampler, **loader_options(self.num_workers))
 
 
 class _Middles(Sampling):

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import UserError, check_whole, nearest
-from ...loading import IndexSampler, NumberSampler, ResumableLoader, loader_options
+from ...loading import EvaluationLoader, IndexSampler, NumberSampler, ResumableLoader, loader_options
 from ..cache import FeatureCache
 from ..clips import SPLITS, VideoClip, assign_splits, cut_clips
 from ..composer import Composer
@@ -305,7 +305,7 @@ class VideoGroundingData(L.LightningDataModule):
     def evaluation(self, videos: Sequence[GroundingVideo]) -> DataLoader[Any]:
         """Every video once, whole: its frames are looked at by what evaluates it."""
         sampler = IndexSampler(len(videos), 1)
-        return DataLoader(VideoSet(videos), sampler=sampler, **{**loader_options(0), "pin_memory": False})
+        return EvaluationLoader(VideoSet(videos), sampler=sampler, **{**loader_options(0), "pin_memory": False})
 
 
 def load_scorer(name: str, options: Mapping[str, Any], cache: Any = None) -> FrameScorer:

@@ -15,6 +15,7 @@ from ....zoo._video import VideoOutput
 from ....zoo.video import VideoGrounder
 from ...errors import UserError
 from ...nets import create_net
+from ...ranks import every_rank
 from ...training import TrainingModule
 from ..spans import Levels, Span, frame_cells, score_spans
 from .scores import GroundingSums, best_threshold
@@ -131,12 +132,15 @@ class VideoGroundingModule(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features, query = self._augmented(batch)
         out = self.answer(features, query, batch["mask"], batch["times"])
-        frames, edges = self._loss(out, batch)
-        number = len(query)
-        self.log("train/loss", (frames + edges).detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
-        self.log("train/frame_loss", frames.detach(), on_step=False, on_epoch=True, batch_size=number)
+        own_frames, own_edges = self._loss(out, batch)
+        frames, seen_frames, _ = self.over_ranks(own_frames, batch["mask"].sum())
+        edges, seen_edges, _ = self.over_ranks(own_edges, batch["inside"].any(1).sum())
+        number, seen = len(query), seen_frames + seen_edges
+        self.log("train/loss", seen, on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
+        self.log("train/frame_loss", seen_frames, on_step=False, on_epoch=True, batch_size=number)
         self.log_auxiliary(out.aux, number)
-        return self.check_loss(frames + edges + sum(out.aux.values()), batch_idx)
+        self.check_loss(seen + sum(out.aux.values()), batch_idx)
+        return frames + edges + sum(out.aux.values())
 
     def answer(self, features: Tensor, query: Tensor, mask: Tensor | None, times: Tensor) -> VideoOutput:
         """What the model makes of vectors of frames (B, T, D) and queries (B, D)."""
@@ -258,6 +262,7 @@ class VideoGroundingModule(TrainingModule):
 
     def on_test_epoch_end(self) -> None:
         self.test_sums.flat = self._over_ranks(self.test_sums.flat)
+        self.found = {key: spans for found in every_rank(self.found) for key, spans in found.items()}
         found = self.test_sums.compute()
         self.log_dict({f"test/{key}": found[key] for key in _SHOWN}, rank_zero_only=True)
 

@@ -46,9 +46,13 @@ class VideoPretrainModule(TrainingModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         found = self._judge(batch, self.global_step)
         number = len(batch["frames"])
+        loss, seen = found.loss, found.loss.detach()
+        if found.number is not None:
+            loss, seen, _ = self.over_ranks(loss, found.number)
         self.log_auxiliary(found.aux, number)
-        self.log("train/loss", found.loss.detach(), on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
-        return self.check_loss(found.loss + sum(found.aux.values()), batch_idx)
+        self.log("train/loss", seen, on_step=True, on_epoch=True, prog_bar=True, batch_size=number)
+        self.check_loss(seen + sum(found.aux.values()), batch_idx)
+        return loss + sum(found.aux.values())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._log("val", batch, batch_idx)
@@ -58,7 +62,7 @@ class VideoPretrainModule(TrainingModule):
 
     def _log(self, stage: str, batch: dict[str, Tensor], number: int) -> None:
         """The same draws in every evaluation."""
-        found = self._judge(batch, number, first=1)
+        found = self._judge(batch, number * self.trainer.world_size + self.global_rank, first=1)
         values = {"loss": found.loss, self.pretext.score_name: found.score, "guess": torch.tensor(found.guess)}
         self.log_dict(
             {f"{stage}/{key}": value for key, value in values.items()},
@@ -68,5 +72,5 @@ class VideoPretrainModule(TrainingModule):
         )
 
     def _judge(self, batch: dict[str, Tensor], number: int, first: int = 0) -> Judged:
-        seed = hash((int(self.task.get("seed", 0)), first, number, self.global_rank)) % 2**63
+        seed = hash((int(self.task.get("seed", 0)), first, number, 0)) % 2**63
         return self.pretext(batch, torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ....blocks.layers.ranks import num_ranks, own_rows
 from ....zoo._video import per_frame
 from ....zoo.selective_s4 import LongShortContrast
 from ....zoo.video import VideoClassifier
@@ -20,12 +21,14 @@ PRETEXTS = ("order", "masked", "lsmcl")
 
 
 class Judged(NamedTuple):
-    """loss: a scalar. score: in the mean over clips, a scalar. guess: what guessing scores. aux: scalar losses."""
+    """loss: a scalar. score: in the mean over clips, a scalar. guess: what guessing scores. aux: scalar losses. number:
+    of what the loss is a mean over; None: it is that of all processes."""
 
     loss: Tensor
     score: Tensor
     guess: float
     aux: dict[str, Tensor]
+    number: Tensor | int | None
 
 
 class Pretext(nn.Module):
@@ -35,7 +38,8 @@ class Pretext(nn.Module):
     num_classes: int = 1
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> Judged:
-        """batch: frames (B, T, ...), mask, times. generator: of the CPU, all that is random."""
+        """batch: frames (B, T, ...), mask, times. generator: of the CPU, all that is random; in training of all
+        processes the same one."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")
 
 
@@ -55,10 +59,13 @@ class SegmentOrder(Pretext):
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> Judged:
         frames = batch["frames"]
-        chosen = torch.randint(len(self.orders), (len(frames),), generator=generator).to(frames.device)
+        kinds = len(self.orders)
+        chosen = own_rows(
+            len(frames), lambda n: torch.randint(kinds, (n,), generator=generator), shared=self.training
+        ).to(frames.device)
         out = self.net(self.shuffled(frames, chosen), None, batch["times"])
         right = (out.y.argmax(1) == chosen).float().mean()
-        return Judged(F.cross_entropy(out.y.float(), chosen), right, 1 / len(self.orders), out.aux)
+        return Judged(F.cross_entropy(out.y.float(), chosen), right, 1 / kinds, out.aux, len(frames))
 
     def shuffled(self, frames: Tensor, chosen: Tensor) -> Tensor:
         """Segment j of row b is its segment orders[chosen[b], j]."""
@@ -84,7 +91,7 @@ class MaskedFrames(Pretext):
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> Judged:
         frames, real = batch["frames"], batch["mask"]
-        hide = hidden_frames(real, self.mask_ratio, generator)
+        hide = hidden_frames(real, self.mask_ratio, generator, shared=self.training)
         shown = torch.where(hide.unsqueeze(-1), self.hidden.to(frames.dtype), frames)
         tokens = self.net.encoder(shown, mask=real, times=batch["times"])
         found = self.out(per_frame(tokens, 1)).float()
@@ -93,7 +100,7 @@ class MaskedFrames(Pretext):
         seen = (real & ~hide).unsqueeze(-1)
         mean = (target * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp_min(1)
         spread = (target - mean).square().mean(-1)[hide].mean()
-        return Judged(error, (1 - error / spread.clamp_min(1e-12)).detach(), 0.0, tokens.aux)
+        return Judged(error, (1 - error / spread.clamp_min(1e-12)).detach(), 0.0, tokens.aux, hide.sum())
 
 
 class LongShort(Pretext):
@@ -110,18 +117,23 @@ class LongShort(Pretext):
         frames = batch["frames"]
         total = frames.shape[1]
         length = max(1, round(total * self.short_ratio))
-        first = torch.randint(total - length + 1, (len(frames),), generator=generator).tolist()
-        short = torch.stack([row[begin : begin + length] for row, begin in zip(frames, first, strict=True)])
+        room = total - length + 1
+        first = own_rows(len(frames), lambda n: torch.randint(room, (n,), generator=generator), shared=self.training)
+        short = torch.stack([row[begin : begin + length] for row, begin in zip(frames, first.tolist(), strict=True)])
         loss, found = self.contrast(frames, short, generator=generator)
         right = found.pop("right")
-        return Judged(loss, right, 1 / len(frames), found)
+        rivals = len(frames) * (num_ranks() if self.training else 1)
+        return Judged(loss, right, 1 / rivals, found, None)
 
 
-def hidden_frames(real: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
-    """bool (B, T): a random share of each row's real frames, at least one and not all where it has two."""
+def hidden_frames(real: Tensor, ratio: float, generator: torch.Generator, *, shared: bool = False) -> Tensor:
+    """bool (B, T): a random share of each row's real frames, at least one and not all where it has two. shared: see
+    `own_rows`."""
     number = real.sum(1)
     count = torch.minimum((number * ratio).round().long().clamp_min(1), (number - 1).clamp_min(1)).clamp_max(number)
-    noise = torch.rand(real.shape, generator=generator).to(real.device).masked_fill(~real, 2.0)
+    length = real.shape[1]
+    noise = own_rows(len(real), lambda n: torch.rand(n, length, generator=generator), shared=shared)
+    noise = noise.to(real.device).masked_fill(~real, 2.0)
     return noise.argsort(1).argsort(1) < count.unsqueeze(1)
 
 
