@@ -7,6 +7,7 @@ from typing import Any
 
 from ..zoo import save_model
 from .results import print_table
+from .saved import module_preprocessing
 from .training import TrainingModule
 
 
@@ -19,7 +20,8 @@ def export(module: TrainingModule, run_dir: Path) -> None:
         schema["tokenizer"] = "tokenizer.json"
         files["tokenizer.json"] = Path(tokenizer).expanduser()
     try:
-        save_model(module.net, run_dir / "model", preprocessing=schema, files=files)
+        preprocessing = module_preprocessing(schema, module.hparams["task"], module)
+        save_model(module.net, run_dir / "model", preprocessing=preprocessing, files=files)
     except ValueError as error:
         print(f"model not exported: {error}", flush=True)
 

@@ -21,6 +21,7 @@ from .instantiate import safe_instantiate
 from .progress import progress_callback
 from .reports import export, report_fit, report_validation
 from .results import write_metrics
+from .saved import saved_checkpoint
 from .validate import task_package, trains, validate_names
 
 
@@ -112,8 +113,8 @@ def _best_path(trainer: L.Trainer) -> str | None:
 
 
 def _evaluate(task: Any, command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    path = _checkpoint_of(command, cfg, run_dir)
-    module = task.load_module(load_checkpoint(path), path, cfg)
+    path, checkpoint = _trained(command, cfg, run_dir)
+    module = task.load_module(checkpoint, path, cfg)
     trainer = build_trainer(cfg, run_dir, fitting=False)
     if command == "predict":
         return task.predict(trainer, module, cfg, run_dir)
@@ -131,12 +132,23 @@ def _evaluate(task: Any, command: str, cfg: dict[str, Any], run_dir: Path) -> di
     return task.report(trainer, module, data, run_dir, cfg) if trainer.is_global_zero else {}
 
 
+def _trained(command: str, cfg: dict[str, Any], run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """What a command that trains nothing reads: a checkpoint, or the saved model of `model.pretrained`."""
+    pretrained = (cfg.get("model") or {}).get("pretrained")
+    if pretrained and not cfg.get("ckpt_path"):
+        return Path(pretrained), saved_checkpoint(pretrained, cfg["task"])
+    path = _checkpoint_of(command, cfg, run_dir)
+    return path, load_checkpoint(path)
+
+
 def _checkpoint_of(command: str, cfg: dict[str, Any], run_dir: Path) -> Path:
     """The checkpoint of a command that trains nothing. Where none is given `predict` takes the best one of the newest
     run of its name, and says so."""
     if cfg.get("ckpt_path"):
         return find_checkpoint(cfg["ckpt_path"], cfg, run_dir)
-    choices = "give ckpt_path=<file>, or ckpt_path=last or best for the newest run"
+    choices = (
+        "give ckpt_path=<file>, ckpt_path=last or best for the newest run, or a saved model, model.pretrained=NAME"
+    )
     if command != "predict":
         raise UserError(f"{command} needs a checkpoint: {choices}")
     try:

@@ -18,6 +18,7 @@ from .ingest import show_time
 from .readers import near, open_source
 from .samples import SAMPLES, sample_path
 from .scaling import SCOPES, StandardScaler
+from .separate import separate_columns
 from .splits import PROTOCOLS, SHORT_SERIES, predict_ranges, split_ranges
 from .tables import GAPS, SeriesTable, load_table
 from .windows import WindowDataset
@@ -28,11 +29,12 @@ ROLES = ("targets", "past_covariates", "future_covariates", "static_covariates")
 class ForecastData(L.LightningDataModule):
     """Windows of a CSV or Parquet file, or of the sample "weather", for fit, validate, test and predict.
 
-    path: file or sample name. targets, *_covariates, time_column, id_column, freq, gaps, cache_dir: see
-    `load_table`. seq_len, pred_len: rows of past and future in a window. split, split_ratio, short_series:
-    see `split_ranges`. scope: scaling statistics per "series" or "global", always of the training rows only.
-    batch_size, eval_batch_size: windows. stride: rows between the starts of training windows (evaluation
-    takes every window). steps: training batches in an epoch (default: all windows once). seed: of the
+    path: file or sample name. targets, *_covariates, time_column, id_column, freq, gaps, cache_dir: see `load_table`.
+    any_series: each target is a series of its own (`separate_columns`), and the model forecasts files with other names
+    and steps too, scaled by their own history. seq_len, pred_len: rows of past and future in a window. split,
+    split_ratio, short_series: see `split_ranges`. scope: scaling statistics per "series" or "global", always of the
+    training rows only. batch_size, eval_batch_size: windows. stride: rows between the starts of training windows
+    (evaluation takes every window). steps: training batches in an epoch (default: all windows once). seed: of the
     shuffling. num_workers: loader processes.
 
     `calendar` (True) may be set to False before the loaders are made, for a model that reads no calendar features;
@@ -53,6 +55,7 @@ class ForecastData(L.LightningDataModule):
         id_column: str | None = None,
         freq: str | None = None,
         gaps: str = "error",
+        any_series: bool = False,
         seq_len: int = 96,
         pred_len: int = 24,
         split: str = "ratio",
@@ -97,7 +100,10 @@ class ForecastData(L.LightningDataModule):
             "time_column": time_column,
             "id_column": id_column,
         }
-        self.freq, self.gaps, self.cache_dir = freq, gaps, cache_dir
+        covariates = [name for role in ROLES[1:] for name in self.columns[role]]
+        if any_series and covariates:
+            raise UserError(f"data.any_series=true leaves no covariates, but there is {covariates[0]!r}")
+        self.freq, self.gaps, self.any_series, self.cache_dir = freq, gaps, bool(any_series), cache_dir
         self.seq_len, self.pred_len, self.stride = seq_len, pred_len, stride
         self.split, self.split_ratio, self.short_series, self.scope = (
             split,
@@ -121,13 +127,16 @@ class ForecastData(L.LightningDataModule):
         Only `predict_dataloader` works (and `.table`, `.scaler`, `.ranges["predict"]`). overrides: further
         arguments of the constructor, such as time_column, gaps, num_workers, cache_dir. Raises UserError,
         there or in `setup`, when the file lacks a column, has another frequency, too little history, or no
-        future rows for known covariates.
+        future rows for known covariates. With `any_series` columns and frequency are the file's, and may be among the
+        overrides.
         """
-        fixed = {key: schema[key] for key in (*ROLES, "seq_len", "pred_len")}
+        fixed = {key: schema[key] for key in ("seq_len", "pred_len")}
+        if not schema.get("any_series"):
+            fixed |= {key: schema[key] for key in ROLES}
         for key, value in overrides.items():
             if key in fixed and (list(value) if isinstance(value, (list, tuple)) else value) != fixed[key]:
                 raise UserError(f"data.{key}={value!r} differs from {fixed[key]!r}, with which the model was trained")
-        data = cls(path, **{**overrides, **fixed})
+        data = cls(path, **{**overrides, **fixed}, any_series=bool(schema.get("any_series")))
         data._schema = schema
         return data
 
@@ -159,7 +168,10 @@ class ForecastData(L.LightningDataModule):
             return
         table = self._load()
         if self._schema is not None:
-            scaler = StandardScaler.from_dict(self._schema["scaler"]).for_table(table)
+            if self.any_series:
+                scaler = StandardScaler.fit(table, np.stack([np.zeros_like(table.history), table.history], axis=1))
+            else:
+                scaler = StandardScaler.from_dict(self._schema["scaler"]).for_table(table)
             self.ranges = {}
         else:
             self.ranges = split_ranges(
@@ -187,6 +199,7 @@ class ForecastData(L.LightningDataModule):
             "num_time_features": len(calendar_fields(table.freq)),
             "seq_len": self.seq_len,
             "pred_len": self.pred_len,
+            "any_series": self.any_series,
             "scaler": self.scaler.to_dict(),
         }
 
@@ -235,9 +248,10 @@ class ForecastData(L.LightningDataModule):
         path = Path(self.path).expanduser()
         if str(self.path) in SAMPLES and not path.exists():
             path = sample_path(str(self.path), self.cache_dir)
-        if self._schema is not None:
+        if self._schema is not None and not self.any_series:
             return self._load_for_prediction(path, self._schema)
-        return load_table(path, freq=self.freq, gaps=self.gaps, cache_dir=self.cache_dir, **self.columns)
+        table = load_table(path, freq=self.freq, gaps=self.gaps, cache_dir=self.cache_dir, **self.columns)
+        return separate_columns(table, self.cache_dir) if self.any_series else table
 
     def _load_for_prediction(self, path: Path, schema: dict[str, Any]) -> SeriesTable:
         """Load with the trained roles, and make sure that the step is the trained one, not one forced onto

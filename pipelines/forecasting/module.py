@@ -80,6 +80,8 @@ class ForecastModule(TrainingModule):
         )
         arguments = model_arguments(model, task, schema)
         self.net: Forecaster = create_net(model["name"], arguments, mixer_class, Forecaster, "forecaster")
+        if schema.get("any_series") and self.net.reads_calendar:
+            raise UserError(f"data.any_series=true needs a model that reads no calendar; {model['name']!r} does")
         self.loss_name = f"{task['loss']} loss"
         self.output: OutputDistribution = self.net.output
         self.schema = schema
@@ -99,18 +101,20 @@ class ForecastModule(TrainingModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         params, aux = self.net.forward_aux(batch)
-        loss = self.output.loss(params, batch["future_target"], batch["future_observed"]) + sum(aux.values())
-        self.check_loss(loss, batch_idx)
+        observed = batch["future_observed"]
+        own = self.output.loss(params, batch["future_target"], observed)
+        loss, seen, _ = self.over_ranks(own, observed.sum())
+        self.check_loss(seen + sum(aux.values()), batch_idx)
         self.log_auxiliary(aux, len(batch["series"]))
         self.log(
             "train/loss",
-            loss.detach(),
+            seen + sum(value.detach() for value in aux.values()),
             on_step=True,
             on_epoch=True,
             prog_bar=True,
             batch_size=len(batch["series"]),
         )
-        return loss
+        return loss + sum(aux.values())
 
     # validation: sums and counts, so that neither the batch size nor the number of processes matters ------------------
 

@@ -12,19 +12,13 @@ from ..checkpoints import saved_parameters
 from ..errors import UserError
 from ..nets import mixer_class
 from ..results import print_table, write_csv, write_metrics
+from .calendar import seasonality
 from .data import ForecastData
 from .module import ForecastModule
 from .report import draw, forecast_all, forecast_batch, score_rows, season_scales, shown_steps
 
-_SHAPE_KEYS = (
-    "targets",
-    "past_covariates",
-    "future_covariates",
-    "static_covariates",
-    "freq",
-    "seq_len",
-    "pred_len",
-)
+_LENGTHS = ("seq_len", "pred_len")
+_SHAPE_KEYS = ("targets", "past_covariates", "future_covariates", "static_covariates", "freq", *_LENGTHS)
 
 
 Data = ForecastData
@@ -73,17 +67,24 @@ def check_resume(checkpoint: dict[str, Any], module: ForecastModule, path: Path)
 
 
 def prepare_test(module: ForecastModule, data: ForecastData) -> None:
-    """Give the module what a test needs of the training part: the scales of MASE."""
+    """Give the module what a test needs of its data: the season, the scaling and the scales of MASE."""
+    module.season, module.scaler = seasonality(data.table.freq), data.scaler
     module.season_scale = season_scales(data, module.season)
 
 
 def check_schema(module: ForecastModule, data: ForecastData, path: Path) -> None:
-    """Raise UserError when the data's columns, frequency or lengths are not those the checkpoint was trained on."""
-    _compare_schema(module.schema, data.schema(), path)
+    """Raise UserError when the data's columns, frequency or lengths are not those the checkpoint was trained on; with
+    `any_series` only the lengths count."""
+    any_series = bool(module.schema.get("any_series"))
+    if any_series != data.any_series:
+        raise UserError(f"{path} was trained with data.any_series={str(any_series).lower()}, give the same")
+    _compare_schema(module.schema, data.schema(), path, _LENGTHS if any_series else _SHAPE_KEYS)
 
 
-def _compare_schema(saved: dict[str, Any], own: dict[str, Any], path: Path) -> None:
-    for key in _SHAPE_KEYS:
+def _compare_schema(
+    saved: dict[str, Any], own: dict[str, Any], path: Path, keys: tuple[str, ...] = _SHAPE_KEYS
+) -> None:
+    for key in keys:
         if saved.get(key) != own[key]:
             raise UserError(f"{path} was trained with data.{key}={saved.get(key)!r}, here it is {own[key]!r}")
 
@@ -117,10 +118,12 @@ def predict(trainer: Any, module: ForecastModule, cfg: dict[str, Any], run_dir: 
 
     output = check_output_path(cfg.get("output") or run_dir / "forecast.csv")
     given = cfg["data"]
-    keys = ("time_column", "id_column", "gaps", "cache_dir", "eval_batch_size")
+    keys = ["time_column", "id_column", "gaps", "cache_dir", "eval_batch_size"]
+    if module.schema.get("any_series"):
+        keys += ["targets", "freq"]
     data = ForecastData.for_prediction(given["path"], module.schema, **{k: given[k] for k in keys if k in given})
     module.eval()
-    module.scaler = data.scaler
+    module.season, module.scaler = seasonality(data.table.freq), data.scaler
     frame, example = forecast_all(module, data)
     write_frame(frame, output)
     plot_forecasts(
