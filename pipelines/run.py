@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
 import platform
 import subprocess
@@ -14,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from .checkpoints import AtomicCheckpointIO, SafeModelCheckpoint, load_checkpoint
 from .errors import UserError, user_errors
@@ -22,6 +25,7 @@ from .progress import progress_callback
 from .reports import export, report_fit, report_validation
 from .results import write_metrics
 from .saved import saved_checkpoint
+from .sharding import ShardedStrategy, create_strategy, whole_state
 from .validate import task_package, trains, validate_names
 
 
@@ -37,20 +41,31 @@ def execute(command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     _quieten()
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    with _one_voice():
+        return _execute(command, name, cfg, run_dir)
+
+
+def _execute(command: str, name: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     task = task_package(name)
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
     if not trains(name):
-        metrics, trainer = task.predict(None, None, cfg, run_dir), None
+        first = rank_zero_only.rank == 0  # of processes that torchrun or srun started; one looks for all
+        metrics, trainer = task.predict(None, None, cfg, run_dir) if first else {}, None
     elif command == "fit":
         metrics, trainer = _fit(task, cfg, run_dir)
     else:
         metrics, trainer = _evaluate(task, command, cfg, run_dir), None
-    if metrics:
+    if metrics and rank_zero_only.rank == 0:
         metrics["objective"] = metrics.get("val/loss", metrics.get("test/mse"))
         write_metrics(run_dir, metrics)
     if trainer is not None:
         _refuse_silence(trainer)
     return metrics
+
+
+def _one_voice() -> contextlib.AbstractContextManager[Any]:
+    """What every process would print comes from the first one."""
+    return contextlib.nullcontext() if rank_zero_only.rank == 0 else contextlib.redirect_stdout(io.StringIO())
 
 
 def _refuse_silence(trainer: L.Trainer) -> None:
@@ -91,6 +106,9 @@ def _fit(task: Any, cfg: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any],
     if trainer.interrupted:
         raise KeyboardInterrupt
     best = _best_path(trainer)
+    if isinstance(trainer.strategy, ShardedStrategy):
+        whole = {"state_dict": whole_state(module), "hyper_parameters": dict(module.hparams)}
+        module = task.load_module(whole, run_dir, cfg)
     if best is not None:
         weights = load_checkpoint(Path(best))["state_dict"]
         module.load_state_dict(weights)
@@ -116,6 +134,8 @@ def _evaluate(task: Any, command: str, cfg: dict[str, Any], run_dir: Path) -> di
     path, checkpoint = _trained(command, cfg, run_dir)
     module = task.load_module(checkpoint, path, cfg)
     trainer = build_trainer(cfg, run_dir, fitting=False)
+    if command == "predict" and not (trainer.is_global_zero or getattr(task, "SHARES_PREDICTIONS", False)):
+        return {}  # torchrun or srun started this process; the first one predicts for all
     if command == "predict":
         return task.predict(trainer, module, cfg, run_dir)
     data = task.build_data(cfg)
@@ -202,6 +222,7 @@ def build_trainer(cfg: dict[str, Any], run_dir: Path, *, fitting: bool) -> L.Tra
     """The Trainer of a run: every path it writes to lies in `run_dir`."""
     options = dict(cfg["trainer"])
     options.pop("compile", None)
+    options["strategy"] = create_strategy(options.get("strategy", "auto"))
     return L.Trainer(
         **options,
         default_root_dir=str(run_dir),

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..classification import answered
 from ..errors import UserError
+from ..ranks import predicted
 from ..text.tokenizer import saved_tokenizer
 from .data import DocumentData
 from .labelled import LABELLED, load_unlabelled
@@ -24,7 +25,7 @@ def classify(trainer: Any, module: DocumentModule, data: DocumentData) -> list[d
     documents, longer, lost = documents.cut(min(limits, default=None))
     if longer:
         print(f"{longer:,} document(s) are cut at {min(limits)} tokens, as in training, {lost:,} tokens", flush=True)
-    found = trainer.predict(module, dataloaders=data.evaluation(documents), return_predictions=True)
+    found = predicted(trainer, module, data.evaluation(documents))
     names = [documents.name(row) for row in range(len(documents))]
     return answered(found, names, given, schema["labels"], item="document")
 

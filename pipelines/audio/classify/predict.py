@@ -8,6 +8,7 @@ from typing import Any
 from ...classification import answered
 from ...errors import UserError
 from ...labelled_tables import TABLES
+from ...ranks import predicted
 from ..clips import Clip
 from ..skipping import checked_clips
 from ..sources import audio_files, recordings_in
@@ -27,7 +28,7 @@ def classify(trainer: Any, module: AudioClipModule, data: AudioClipData) -> list
     clips, longer = cut(found_clips, schema["max_seconds"])
     if longer:
         print(f"{longer:,} clip(s) are cut at {schema['max_seconds']:g} seconds, as in training", flush=True)
-    found = trainer.predict(module, dataloaders=data.evaluation(clips), return_predictions=True)
+    found = predicted(trainer, module, data.evaluation(clips))
     names = [clip.name + ("" if clip.end is None else f" {clip.start:g}-{clip.end:g}") for clip in found_clips]
     given = [clip.label if known else None for clip in clips]
     return answered(found, names, given, schema["labels"], item="clip")

@@ -13,6 +13,8 @@ from .data import AudioClipData
 from .module import AudioClipModule
 
 Data = AudioClipData
+# Every process answers for its part; the first one writes the answers of all.
+SHARES_PREDICTIONS = True
 
 
 def build_data(cfg: dict[str, Any]) -> AudioClipData:
@@ -85,4 +87,6 @@ def predict(trainer: Any, module: AudioClipModule, cfg: dict[str, Any], run_dir:
 
     output = check_output(cfg.get("output") or run_dir / "predictions.csv")
     rows = classify(trainer, module, build_data(cfg))
+    if not trainer.is_global_zero:
+        return {}
     return report_labels(rows, module.schema["labels"], output, items="clips")

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...labelled_tables import TABLES
 from ...loading import EvaluationLoader, IndexSampler, loader_options
+from ...ranks import predicted
 from ...text_vectors import encode_texts
 from ..classify.data import ClipBatches, durations
 from ..clips import Clip
@@ -93,7 +94,7 @@ def _clip_vectors(
         batches, sampler=IndexSampler(len(pieces), data.eval_batch_size), **loader_options(data.num_workers)
     )
     found: list[list[tuple[float, Tensor]]] = [[] for _ in recordings]
-    for numbers, vectors in trainer.predict(module, dataloaders=loader, return_predictions=True):
+    for numbers, vectors in predicted(trainer, module, loader):
         for place, clips in zip(numbers.tolist(), vectors, strict=True):
             number, start, _ = pieces[place]
             found[number].append((start, clips))

@@ -15,6 +15,8 @@ from .module import DIRECTIONS, AudioTextModule
 from .scores import check_recall_at
 
 Data = AudioPairData
+# Every process answers for its part; the first one writes the answers of all.
+SHARES_PREDICTIONS = True
 _SHOWN = 10  # recordings of each query on the terminal
 
 
@@ -123,6 +125,8 @@ def predict(trainer: Any, module: AudioTextModule, cfg: dict[str, Any], run_dir:
     queries = check_queries(cfg.get("query"))
     output = check_output(cfg.get("output") or run_dir / "predictions.csv")
     rows = search(trainer, module, build_data(cfg), queries, float(cfg["task"]["window_seconds"]))
+    if not trainer.is_global_zero:
+        return {}
     write_csv(output, rows)
     for query in queries:
         own = [row for row in rows if row["query"] == query]

@@ -8,6 +8,7 @@ from typing import Any
 from ...classification import answered
 from ...errors import UserError
 from ...labelled_tables import TABLES
+from ...ranks import predicted
 from ..clips import VideoClip
 from ..skipping import checked_clips
 from ..sources import video_files, videos_in
@@ -27,7 +28,7 @@ def classify(trainer: Any, module: VideoClipModule, data: VideoClipData) -> list
     clips, known = _clips(data)
     if isinstance(data.looking, Vectors):
         data.looking.fill(clips, training=False)
-    found = trainer.predict(module, dataloaders=data.evaluation(clips), return_predictions=True)
+    found = predicted(trainer, module, data.evaluation(clips))
     names = [clip.name if clip.start == 0 else f"{clip.name} {clip.start:g}-{clip.end:g}" for clip in clips]
     given = [clip.label if known else None for clip in clips]
     return answered(found, names, given, module.schema["labels"], item="clip")

@@ -17,6 +17,8 @@ from .looking import Vectors
 from .module import VideoClipModule
 
 Data = VideoClipData
+# Every process answers for its part; the first one writes the answers of all.
+SHARES_PREDICTIONS = True
 # What a checkpoint was trained with and is of no use without.
 _FIXED = ("features", "encoder_key", "output", "sampling", "rate", "size")
 
@@ -119,4 +121,6 @@ def predict(trainer: Any, module: VideoClipModule, cfg: dict[str, Any], run_dir:
 
     output = check_output(cfg.get("output") or run_dir / "predictions.csv")
     rows = classify(trainer, module, build_data(cfg))
+    if not trainer.is_global_zero:
+        return {}
     return report_labels(rows, module.schema["labels"], output, items="clips")
