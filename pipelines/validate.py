@@ -140,9 +140,11 @@ def _constructors(task: str) -> dict[str, set[str]]:
     """Sections whose keys are the arguments of one class: the Trainer, the task's data."""
     import lightning
 
+    package = task_package(task)
+    own = getattr(package, "data_arguments", None)  # a task that reads the files of others
     return {
         "trainer": {*inspect.signature(lightning.Trainer.__init__).parameters, "compile"} - {"self"},
-        "data": set(inspect.signature(task_package(task).Data.__init__).parameters) - {"self", "seed"},
+        "data": own() if own else set(inspect.signature(package.Data.__init__).parameters) - {"self", "seed"},
     }
 
 

@@ -287,13 +287,39 @@ def find_backbone(model: nn.Module) -> Backbone:
     raise ValueError(f"{type(model).__name__} holds no Backbone; load_model gives the whole model")
 
 
+def token_features(
+    model: nn.Module, *args: Any, index: int = -1, norm: bool = True, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What the block `index` gives for the arguments of `forward`, (R, L, D), and which of it are real tokens, bool
+    (R, L), None when all are. norm: the last norm on it; with the last block these are the model's `forward_features`.
+
+    R is B, or more where mixers see channels or documents apart. Raises ValueError as `forward_intermediates`.
+    """
+    inner: Any = model
+    trunk = _trunk_of(inner)
+    blocks = list(trunk.blocks.values())
+    (place,) = feature_indices([index], len(blocks))
+    end, call = _calls(inner, [trunk.end, blocks[place]], args, kwargs)
+    x = trunk.tokens(_tensor(call.output), end)
+    if norm and place == len(blocks) - 1:
+        x = _tensor(end.output)
+    elif norm and trunk.norm is not None:
+        x = trunk.norm(x, end)
+    mask = _token_mask(trunk.end, end)
+    return (x.flatten(2).mT if x.dim() == 4 else x), mask
+
+
+def _token_mask(end: nn.Module, call: Call) -> Tensor | None:
+    """Which tokens are real, bool (B, L), of a call of a backbone; None when all are."""
+    if isinstance(end, FactorisedBackbone):
+        mask, (_, height, width) = call.args[1], call.args[2]
+        return None if mask is None else mask.repeat_interleave(height * width, 1)
+    return call.kwargs.get("mask")
+
+
 def _norm_of(backbone: nn.Module) -> Callable[[Tensor, Call], Tensor]:
     def norm(x: Tensor, call: Call) -> Tensor:
-        if isinstance(backbone, FactorisedBackbone):
-            mask, (_, height, width) = call.args[1], call.args[2]
-            mask = None if mask is None else mask.repeat_interleave(height * width, 1)
-        else:
-            mask = call.kwargs.get("mask")
+        mask = _token_mask(backbone, call)
         y = normalize(backbone.norm, x, mask)  # type: ignore[arg-type]
         return y if mask is None else torch.where(mask.unsqueeze(-1), y, y.new_zeros(()))
 
