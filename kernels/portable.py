@@ -1,10 +1,10 @@
 """Recurrences of plain torch operations alone: what an exported model is made of.
 
-The fast forms of `kernels` are operations of their own, which a program without this package does not know, and loop
-over a length that they must know. Here a recurrence is a scan in a fixed number of levels, whatever the length: steps
-are combined within blocks of 16 by doubling, then blocks, then blocks of blocks.
+The fast forms of `kernels` are operations of their own, which a program without this package does not know, and they
+loop over a length that they must know. Here a recurrence is one loop over chunks, which torch's `scan` keeps as a loop
+in the program, whatever the length; all that happens within a chunk is of known sizes.
 
-B batch, L length, n blocks, C steps of a block.
+B batch, L length, n chunks, C steps of a chunk.
 """
 
 from __future__ import annotations
@@ -15,29 +15,50 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RADIX = 16
-LEVELS = 6  # up to 16^6 steps where the length is not known
-
 Parts = tuple[Tensor, ...]
 Combine = Callable[[Parts, Parts], Parts]
+Body = Callable[[Parts, Parts], tuple[Parts, Tensor]]
 
 
-def exporting() -> bool:
-    """Whether `torch.export` traces this call."""
-    return torch.compiler.is_exporting()
-
-
-def to_blocks(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
-    """(B, L, ...) to (B, n, size, ...), the last block filled up."""
+def to_blocks(x: Tensor, size: int) -> Tensor:
+    """(B, L, ...) to (B, n, size, ...), the last block filled up with zeros."""
     length = x.shape[1]
     number = (length + size - 1) // size
-    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * size - length), value=fill)
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * size - length))
     return x.reshape(x.shape[0], number, size, *x.shape[2:])
 
 
 def from_blocks(x: Tensor, length: int) -> Tensor:
     """(B, n, C, ...) to (B, L, ...)."""
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]
+
+
+def chunk_scan(body: Body, first: Parts, parts: Sequence[Tensor], size: int) -> tuple[Parts, Tensor]:
+    """Walk along rows (B, L, ...) in chunks of up to `size` steps, the last filled up with zeros.
+
+    body: (carried, the chunk of every part, (B, C, ...)) to (what the next chunk is given, y (B, C, ...)), all new
+    tensors. first: what the first chunk is given. Returns what is carried at the end and y (B, L, ...).
+    """
+    length = parts[0].shape[1]
+    if isinstance(length, int) and length <= size:
+        return body(first, tuple(parts))
+    chunks = [to_blocks(part, size).movedim(1, 0) for part in parts]
+    if torch.compiler.is_exporting():
+        from torch._higher_order_ops.scan import scan  # the one loop that torch.export keeps as a loop
+
+        carried, ys = scan(lambda carried, chunk: _new(*body(carried, tuple(chunk))), first, chunks)
+    else:
+        carried, found = first, []
+        for chunk in zip(*chunks, strict=True):
+            carried, y = body(carried, chunk)
+            found.append(y)
+        ys = torch.stack(found)
+    return carried, from_blocks(ys.movedim(0, 1), length)
+
+
+def _new(carried: Parts, y: Tensor) -> tuple[Parts, Tensor]:
+    """Copies, so that no output of the loop's body is a view."""
+    return tuple(t.contiguous().clone() for t in carried), y.contiguous().clone()
 
 
 def delayed(x: Tensor, steps: int, dim: int = 1, fill: float = 0.0) -> Tensor:
@@ -47,30 +68,14 @@ def delayed(x: Tensor, steps: int, dim: int = 1, fill: float = 0.0) -> Tensor:
     return torch.cat((x.new_full(shape, fill), kept), dim)
 
 
-def tree_scan(parts: Sequence[Tensor], combine: Combine, identity: Sequence[float], levels: int = LEVELS) -> Parts:
-    """Inclusive scan along dimension 1 of tensors (B, L, ...) that go together.
+def doubled(parts: Parts, combine: Combine, identity: Sequence[float]) -> Parts:
+    """Inclusive scan along dimension 1 of tensors (B, C, ...) that go together, C known, in log C steps.
 
     combine: associative, of what is earlier and what is later. identity: its neutral element, a number for each part.
     """
-    found = tuple(parts)
-    length = found[0].shape[1]
-    known = isinstance(length, int)
-    if known and length <= RADIX:
-        return tuple(p.squeeze(1) for p in _doubled(tuple(p.unsqueeze(1) for p in found), combine, identity, length))
-    found = tuple(to_blocks(p, RADIX, one) for p, one in zip(found, identity, strict=True))
-    found = _doubled(found, combine, identity, RADIX)
-    if levels > 1 or known:
-        ends = tree_scan(tuple(p[:, :, -1] for p in found), combine, identity, levels - 1)
-        before = tuple(delayed(p, 1, fill=one).unsqueeze(2) for p, one in zip(ends, identity, strict=True))
-        found = combine(before, found)
-    return tuple(from_blocks(p, length) for p in found)
-
-
-def _doubled(parts: Parts, combine: Combine, identity: Sequence[float], size: int) -> Parts:
-    """The scan of each block, along dimension 2 of (B, n, size, ...)."""
     shift = 1
-    while shift < size:
-        earlier = tuple(delayed(p, shift, 2, one) for p, one in zip(parts, identity, strict=True))
+    while shift < parts[0].shape[1]:
+        earlier = tuple(delayed(p, shift, fill=one) for p, one in zip(parts, identity, strict=True))
         parts = combine(earlier, parts)
         shift *= 2
     return parts
@@ -78,26 +83,16 @@ def _doubled(parts: Parts, combine: Combine, identity: Sequence[float], size: in
 
 def _affine(first: Parts, then: Parts) -> Parts:
     (a, x), (b, y) = first, then
-    return a * b, torch.addcmul(y, b, x)
+    return a * b, y + b * x
 
 
-def linear_scan(a: Tensor, x: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + x_t along dimension 1, from zero. a, x: (B, L, ...), a with 1 for what it is the same for."""
-    return tree_scan((a.expand(-1, x.shape[1], *a.shape[2:]), x), _affine, (1.0, 0.0))[1]
+def linear_steps(a: Tensor, x: Tensor, before: Tensor) -> Tensor:
+    """h_t = a_t h_{t-1} + x_t within a chunk. a, x: (B, C, ...). before: (B, ...), the h before it."""
+    a, x = doubled((a, x), _affine, (1.0, 0.0))
+    return x + a * before.unsqueeze(1)
 
 
-def _complex_affine(first: Parts, then: Parts) -> Parts:
-    (ar, ai, xr, xi), (br, bi, yr, yi) = first, then
-    return ar * br - ai * bi, ar * bi + ai * br, yr + br * xr - bi * xi, yi + br * xi + bi * xr
-
-
-def complex_scan(a: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`linear_scan` of complex numbers, each a pair of real and imaginary parts."""
-    length = x[0].shape[1]
-    wide = (p.expand(-1, length, *p.shape[2:]) for p in a)
-    return tree_scan((*wide, *x), _complex_affine, (1.0, 0.0, 0.0, 0.0))[2:]  # type: ignore[return-value]
-
-
-def running_max(x: Tensor) -> Tensor:
-    """The largest of x_1 .. x_t along dimension 1."""
-    return tree_scan((x,), lambda first, then: (torch.maximum(first[0], then[0]),), (float("-inf"),))[0]
+def running_max(x: Tensor, before: Tensor) -> Tensor:
+    """The largest of `before` (B, ...) and x_1 .. x_t within a chunk."""
+    (top,) = doubled((x,), lambda first, then: (torch.maximum(first[0], then[0]),), (float("-inf"),))
+    return torch.maximum(top, before.unsqueeze(1))

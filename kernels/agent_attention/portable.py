@@ -3,7 +3,7 @@
 With m_t the largest score so far, the running sums of exp(score - m_t) are a recurrence whose decay is
 exp(m_{t-1} - m_t): gated linear attention with the agents as key channels.
 
-B batch, L length, H heads, K key width, V value width, M agents.
+B batch, L length, H heads, K key width, V value width, M agents, C chunk length.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gated_linear_attention.portable import LOWEST, portable_gated_linear_attention
-from ..portable import linear_scan, running_max
+from ..gated_linear_attention.portable import CHANNEL_CHUNK, LOWEST, gated_chunk
+from ..portable import chunk_scan, linear_steps, running_max
 from .naive import ABSENT, RunningState
 
 
@@ -30,22 +30,25 @@ def running_portable(
 ) -> tuple[Tensor, RunningState]:
     """As `running_naive`. `chunk_size` has no meaning here."""
     score_BLHM = torch.einsum("mhk,blhk->blhm", agents, k) * scale
+    real = torch.ones_like(score_BLHM[..., :1])
     if valid is not None:
-        score_BLHM = score_BLHM.masked_fill(~valid[:, :, None, None], ABSENT)
-    m = initial.m if initial is not None else torch.full_like(score_BLHM[:, 0], ABSENT)
-    top_BLHM = running_max(torch.cat((m.unsqueeze(1), score_BLHM.detach()), 1))
-    before, top_BLHM = top_BLHM[:, :-1], top_BLHM[:, 1:]
-    log_decay = (before - top_BLHM).clamp(min=LOWEST)
-    own = (score_BLHM - top_BLHM).exp()
-    if valid is not None:
-        own = own.masked_fill(~valid[:, :, None, None], 0.0)
-    decay, sums = log_decay.exp(), own
-    if initial is not None:
-        first = torch.addcmul(own[:, :1], decay[:, :1], initial.z.unsqueeze(1))
-        sums = torch.cat((first, own[:, 1:]), 1)
-    z_BLHM = linear_scan(decay, sums)
+        real = real * valid[:, :, None, None]
     share = (torch.einsum("blhk,mhk->blhm", q, agents) * broadcast_scale).softmax(-1)
-    share = share / z_BLHM.masked_fill(z_BLHM == 0, 1.0)
-    num = None if initial is None else initial.num
-    o, num = portable_gated_linear_attention(share, own, v, log_decay, num, scale=1.0)
-    return o, RunningState(top_BLHM[:, -1], z_BLHM[:, -1], num)
+    if initial is None:
+        num = q.new_zeros(q.shape[0], q.shape[2], agents.shape[0], v.shape[3])
+        initial = RunningState(num.new_full(num.shape[:3], ABSENT), num[..., 0].clone(), num)
+    state, o = chunk_scan(_chunk, tuple(initial), (share, score_BLHM, v, real), CHANNEL_CHUNK)
+    return o, RunningState(*state)
+
+
+def _chunk(carried: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    (m, z, num), (share, score, v, real) = carried, parts
+    score = score.masked_fill(real == 0, ABSENT)
+    top = running_max(score.detach(), m.detach())
+    before = torch.cat((m.detach().unsqueeze(1), top[:, :-1]), 1)
+    log_decay = (before - top).clamp(min=LOWEST)
+    own = (score - top).exp() * real
+    sums = linear_steps(log_decay.exp(), own, z)
+    share = share / sums.masked_fill(sums == 0, 1.0)
+    o, num = gated_chunk(share, own, v, log_decay, num)
+    return (top[:, -1], sums[:, -1], num), o

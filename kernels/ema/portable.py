@@ -1,6 +1,6 @@
 """The damped EMA of plain torch operations, for any length: what an exported model holds.
 
-B batch, L length, D channels, N averages of a channel, C chunk length, n chunks.
+B batch, L length, D channels, N averages of a channel, C chunk length.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import delayed, from_blocks, linear_scan, to_blocks
+from ..portable import chunk_scan
 from .chunked import ema_chunked
 from .naive import Coefficients, EmaState
 
@@ -56,11 +56,14 @@ def _average(x: Tensor, weights: Coefficients) -> Tensor:
     power = torch.exp(log_q.unsqueeze(2) * place.to(x.dtype))  # (D, N, C)
     kernel = ((b * c).unsqueeze(2) * power).sum(1)
     lag = place.unsqueeze(1) - place
-    toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)
-    blocks = to_blocks(x, size)  # (B, n, C, D)
-    y = torch.einsum("dts,bnsd->bntd", toeplitz, blocks)
-    states = torch.einsum("dms,bnsd->bndm", b.unsqueeze(2) * power.flip(2), blocks)
-    states = linear_scan(torch.exp(log_q * size)[None, None], states)
+    toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)  # (D, C, C)
+    write = b.unsqueeze(2) * power.flip(2)
     read = (c * torch.exp(log_q)).unsqueeze(2) * power
-    y = y + torch.einsum("dmt,bndm->bntd", read, delayed(states, 1))
-    return from_blocks(y, length)
+    decay = torch.exp(log_q * size)
+
+    def body(carried, parts):
+        chunk, h = parts[0].permute(2, 1, 0), carried[0]  # (D, C, B), (D, N, B)
+        y = toeplitz @ chunk + read.transpose(1, 2) @ h
+        return (h * decay.unsqueeze(2) + write @ chunk,), y.permute(2, 1, 0)
+
+    return chunk_scan(body, (x.new_zeros(*b.shape, x.shape[0]),), (x,), size)[1]

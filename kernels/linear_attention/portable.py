@@ -1,6 +1,6 @@
 """Linear attention of plain torch operations, for any length: what an exported model holds.
 
-B batch, L queries, S keys, H heads, K key width, V value width, C chunk length, n chunks.
+B batch, L queries, S keys, H heads, K key width, V value width, C chunk length.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import from_blocks, to_blocks
+from ..portable import chunk_scan
 from .naive import LinearState, accumulation_dtype
 
 CHUNK = 64
@@ -33,16 +33,15 @@ def portable_linear_attention(
         query, key, value = q.to(acc) * scale, k.to(acc), v.to(acc)
         if normalize:  # the normaliser is the sum of one more value, which is always 1
             value = torch.cat((value, torch.ones_like(value[..., :1])), 3)
-        first = None
+        state = value.new_zeros(q.shape[0], q.shape[2], q.shape[3], value.shape[3])
         if initial is not None:
-            first = initial.s.to(acc)
+            state = initial.s.to(acc)
             if initial.z is not None:
-                first = torch.cat((first, initial.z.to(acc).unsqueeze(3)), 3)
+                state = torch.cat((state, initial.z.to(acc).unsqueeze(3)), 3)
         if causal:
-            o, state = _causal(query, key, value, first)
+            (state,), o = chunk_scan(_chunk, (state,), (query, key, value), CHUNK)
         else:
-            state = torch.einsum("bshk,bshv->bhkv", key, value)
-            state = state if first is None else state + first
+            state = state + torch.einsum("bshk,bshv->bhkv", key, value)
             o = torch.einsum("blhk,bhkv->blhv", query, state)
         if not normalize:
             return o.to(v.dtype), LinearState(state, None)
@@ -50,12 +49,7 @@ def portable_linear_attention(
         return o.to(v.dtype), LinearState(state[..., :-1], state[..., -1])
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    length = q.shape[1]
-    size = max(1, min(CHUNK, length)) if isinstance(length, int) else CHUNK
-    q, k, v = (to_blocks(t, size) for t in (q, k, v))  # (B, n, C, H, .)
-    o = torch.einsum("bnhts,bnshv->bnthv", torch.einsum("bnthk,bnshk->bnhts", q, k).tril(), v)
-    own = torch.einsum("bnshk,bnshv->bnhkv", k, v)
-    after = own.cumsum(1) if first is None else own.cumsum(1) + first.unsqueeze(1)
-    o = o + torch.einsum("bnthk,bnhkv->bnthv", q, after - own)
-    return from_blocks(o, length), after[:, -1]
+def _chunk(carried: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    q, k, v = (t.transpose(1, 2) for t in parts)  # (B, H, C, .)
+    o = (q @ k.transpose(2, 3)).tril() @ v + q @ carried[0]
+    return (carried[0] + k.transpose(2, 3) @ v,), o.transpose(1, 2)

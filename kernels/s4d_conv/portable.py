@@ -1,6 +1,6 @@
 """The S4D convolution of plain torch operations on real numbers, for any length: what an exported model holds.
 
-B batch, L length, D channels, N states, C chunk length, n chunks.
+B batch, L length, D channels, N states, C chunk length.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import complex_scan, delayed, from_blocks, to_blocks
+from ..portable import chunk_scan, delayed
 from .chunked import s4d_conv_chunked
 
 CHUNK = 64
@@ -45,16 +45,19 @@ def _convolved(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     steps = place.to(u.dtype)
     kernel = 2 * _power(log_a, steps, b * c)[0].sum(1)  # (D, C)
     lag = place.unsqueeze(1) - place
-    toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)
-    blocks = to_blocks(u, size)  # (B, n, C, D)
-    y = torch.einsum("dts,bnsd->bntd", toeplitz, blocks)
-    written = [torch.einsum("dms,bnsd->bndm", part, blocks) for part in _power(log_a, steps.flip(0), b)]
-    decay = [part[None, None, :, :, 0] for part in _power(log_a, steps.new_full((1,), size), None)]
-    states = complex_scan((decay[0], decay[1]), (written[0], written[1]))
-    real, imag = _power(log_a, steps + 1, c)
-    before = [delayed(part, 1) for part in states]
-    y = y + 2 * torch.einsum("dmt,bndm->bntd", real, before[0]) - 2 * torch.einsum("dmt,bndm->bntd", imag, before[1])
-    return from_blocks(y, length)
+    toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)  # (D, C, C)
+    write = _power(log_a, steps.flip(0), b)
+    decay = _power(log_a, steps.new_full((1,), size), None)
+    real, imag = _power(log_a, steps + 1, 2 * c)
+
+    def body(carried, parts):
+        chunk, (xr, xi) = parts[0].permute(2, 1, 0), carried  # (D, C, B), (D, N, B) twice
+        y = toeplitz @ chunk + real.transpose(1, 2) @ xr - imag.transpose(1, 2) @ xi
+        after = xr * decay[0] - xi * decay[1] + write[0] @ chunk, xr * decay[1] + xi * decay[0] + write[1] @ chunk
+        return after, y.permute(2, 1, 0)
+
+    zero = u.new_zeros(*log_a.shape, u.shape[0])
+    return chunk_scan(body, (zero, zero.clone()), (u,), size)[1]
 
 
 def _power(log_a: Tensor, steps: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The selective scan of plain torch operations, for any length: what an exported model holds.
 
-B batch, L length, E channels, N state width.
+B batch, L length, E channels, N state width, C chunk length.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import linear_scan
+from ..portable import chunk_scan, linear_steps
+
+CHUNK = 16
 
 
 def portable_selective_scan(
@@ -21,11 +23,15 @@ def portable_selective_scan(
     *,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `naive_selective_scan`, all steps at once: needs memory for several tensors (B, L, E, N)."""
+    """As `naive_selective_scan`. chunk_size: not used."""
     with torch.autocast(u.device.type, enabled=False):
         u, dt, a, b, c = (t.to(initial.dtype) for t in (u, dt, a, b, c))
-        decay_BLEN = torch.exp(dt.unsqueeze(3) * a)
-        x_BLEN = (dt * u).unsqueeze(3) * b.unsqueeze(2)
-        first = torch.addcmul(x_BLEN[:, :1], decay_BLEN[:, :1], initial.unsqueeze(1))
-        h_BLEN = linear_scan(decay_BLEN, torch.cat((first, x_BLEN[:, 1:]), 1))
-        return (h_BLEN * c.unsqueeze(2)).sum(3), h_BLEN[:, -1]
+
+        def body(carried, parts):
+            u, dt, b, c = parts
+            decay_BCEN = torch.exp(dt.unsqueeze(3) * a)
+            h_BCEN = linear_steps(decay_BCEN, (dt * u).unsqueeze(3) * b.unsqueeze(2), carried[0])
+            return (h_BCEN[:, -1],), (h_BCEN * c.unsqueeze(2)).sum(3)
+
+        (last,), y = chunk_scan(body, (initial,), (u, dt, b, c), CHUNK)
+        return y, last

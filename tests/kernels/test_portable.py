@@ -8,7 +8,7 @@ from seqzoo.kernels.dilated_conv import dilated_conv
 from seqzoo.kernels.ema import Coefficients, ema, ema_coefficients, initialize_ema
 from seqzoo.kernels.gated_linear_attention import gated_linear_attention
 from seqzoo.kernels.linear_attention import LinearState, linear_attention
-from seqzoo.kernels.portable import complex_scan, delayed, linear_scan, running_max
+from seqzoo.kernels.portable import chunk_scan, delayed, linear_steps, running_max
 from seqzoo.kernels.prob_sparse import prob_sparse_attention
 from seqzoo.kernels.s4d_conv import s4d_conv
 from seqzoo.kernels.selective_scan import selective_scan
@@ -54,32 +54,29 @@ def compare(function, inputs, *, backends=("portable", "naive")):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("length", (1, 15, 16, 17, 63, 257, 300))
-def test_scans_are_the_recurrences(length):
-    a, x = torch.rand(2, length, 1, 3, dtype=F64), rand(2, length, 4, 3)
-    h, steps = torch.zeros(2, 4, 3, dtype=F64), []
+@pytest.mark.parametrize("length", (1, 2, 15, 16, 17, 64))
+def test_steps_of_a_chunk_are_the_recurrence(length):
+    a, x, before = torch.rand(2, length, 4, 3, dtype=F64), rand(2, length, 4, 3), rand(2, 4, 3)
+    h, steps = before, []
     for t in range(length):
         h = a[:, t] * h + x[:, t]
         steps.append(h)
-    torch.testing.assert_close(linear_scan(a, x), torch.stack(steps, 1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(linear_scan(a[:, :1], x)[:, -1], _constant(a[:, 0], x), rtol=1e-12, atol=1e-12)
-    assert torch.equal(running_max(x), x.cummax(1).values)
-
-    z = torch.complex(rand(1, 1, 5), rand(1, 1, 5)) / 2
-    u = torch.complex(rand(2, length, 5), rand(2, length, 5))
-    h, steps = torch.zeros(2, 5, dtype=torch.complex128), []
-    for t in range(length):
-        h = z[:, 0] * h + u[:, t]
-        steps.append(h)
-    real, imag = complex_scan((z.real, z.imag), (u.real, u.imag))
-    torch.testing.assert_close(torch.complex(real, imag), torch.stack(steps, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(linear_steps(a, x, before), torch.stack(steps, 1), rtol=1e-12, atol=1e-12)
+    with_first = torch.cat((before.unsqueeze(1), x), 1)
+    assert torch.equal(running_max(x, before), with_first.cummax(1).values[:, 1:])
 
 
-def _constant(a, x):
-    h = torch.zeros_like(x[:, 0])
-    for t in range(x.shape[1]):
-        h = a * h + x[:, t]
-    return h
+@pytest.mark.parametrize("length", (1, 3, 4, 5, 8, 9))
+def test_a_walk_over_chunks_meets_every_step_once(length):
+    x = rand(2, length, 3)
+
+    def body(carried, parts):
+        sums = parts[0].cumsum(1) + carried[0].unsqueeze(1)
+        return (sums[:, -1],), sums
+
+    (last,), y = chunk_scan(body, (torch.ones(2, 3, dtype=F64),), (x,), 4)
+    torch.testing.assert_close(y, 1 + x.cumsum(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, 1 + x.sum(1), rtol=1e-12, atol=1e-12)
 
 
 def test_delayed_keeps_the_length():
