@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..protocol import Exchange
 from ..registry import did_you_mean
 from .relative_bias import RelativeBias, create_relative_bias
 from .rows import take
@@ -87,9 +88,13 @@ class ChunkAttention(nn.Module):
         lengths: Tensor | None = None,
         state: ChunkState | None = None,
         return_state: bool = False,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, ChunkState | None]:
-        """q, k: (R, M, Z), v: (R, M, V). lengths: int64 (R,), real tokens per row. state: causal only. Returns
-        (R, M, V), arbitrary beyond a row's tokens, and the next state or None."""
+        """q, k: (R, M, Z), v: (R, M, V). lengths: int64 (R,), real tokens per row. state: causal only. exchange: of a
+        mixer whose sequence is split over ranks. Returns (R, M, V), arbitrary beyond a row's tokens, and the next
+        state or None."""
+        if exchange is not None:
+            return self._shared(q, k, v, state, return_state, exchange)
         rows, length = q.shape[:2]
         if state is None:
             return self._grid(q, k, v, lengths), None
@@ -148,6 +153,60 @@ class ChunkAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.z_dim}, attention={self.attention}, chunk_size={self.chunk_size}, causal={self.causal}"
+
+    def _shared(
+        self, q: Tensor, k: Tensor, v: Tensor, state: ChunkState | None, return_state: bool, exchange: Exchange
+    ) -> tuple[Tensor, ChunkState | None]:
+        """One rank's part of the sequence: keys and values of the chunks that it shares with others come from them."""
+        chunk, length = self.chunk_size, q.shape[1]
+        start, total, width = exchange.start, exchange.total, self.z_dim
+        starts = [sum(exchange.lengths[:i]) for i in range(len(exchange.lengths))]
+        ends = [*starts[1:], total]
+        if state is None and chunk is not None and all(place % chunk == 0 for place in starts):
+            return self._grid(q, k, v, None), None  # chunks end where the parts do
+        kv = torch.cat((k, v), 2)
+        if chunk is None and not self.causal:
+            kv = exchange.gather(kv, [((0, total),)] * len(starts))
+            bias = self.bias.table(start + length, total - start).unfold(0, total, 1).flip(0)
+            return self._attend(q, kv[..., :width], kv[..., width:], bias, None, float(total)), None
+        if chunk is None:
+            kv = exchange.gather(kv, [((0, total if return_state else end),) for end in ends])
+            earlier, own = kv[:, :start], kv[:, start : start + length]
+            seen = state.length if state is not None else q.new_zeros(q.shape[0], dtype=torch.int64)
+            past = kv[:, :0] if state is None else torch.cat((state.k, state.v), 2).to(kv.dtype)
+            held = _join(past, earlier, seen)
+            before = ChunkState(held[..., :width], held[..., width:], seen + start)
+            o, _ = self(q, own[..., :width], own[..., width:], state=before)
+            if not return_state:
+                return o, None
+            held = _join(past, kv, seen)
+            return o, ChunkState(held[..., :width], held[..., width:], seen + total)
+        if not self.causal:
+            first = start - start % chunk
+            bounds = zip(starts, ends, strict=True)
+            kv = exchange.gather(kv, [((a - a % chunk, min(total, -(-b // chunk) * chunk)),) for a, b in bounds])
+            q = F.pad(q, (0, 0, start - first, first + kv.shape[1] - start - length))
+            o = self._grid(q, kv[..., :width], kv[..., width:], None)
+            return o[:, start - first : start - first + length], None
+        slots = chunk - 1
+        seen = state.length if state is not None else torch.zeros(q.shape[0], device=q.device, dtype=torch.int64)
+
+        def open_chunk(tokens: Tensor, number: Tensor) -> ChunkState:
+            """The cache after `number` (R,) tokens, the last of which are `tokens` (R, C - 1, Z + V)."""
+            place = slots - (number % chunk).unsqueeze(1) + torch.arange(slots, device=q.device)
+            held = take(tokens, place.clamp(max=max(slots - 1, 0)))
+            return ChunkState(held[..., :width], held[..., width:], number)
+
+        past = None
+        if state is not None:  # its tokens, the last of them in the last slot
+            place = torch.arange(slots, device=q.device) - slots + (seen % chunk).unsqueeze(1)
+            past = take(torch.cat((state.k, state.v), 2), place.clamp(min=0))
+        nearby = exchange.around(kv, slots, initial=past)
+        before, own = open_chunk(nearby[:, :slots], seen + start), nearby[:, slots:]
+        o, _ = self(q, own[..., :width], own[..., width:], state=before)
+        if not return_state:
+            return o, None
+        return o, open_chunk(exchange.last(kv, slots, past), seen + total)
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         """Rows that start with a chunk, cut into chunks."""

@@ -64,8 +64,8 @@ class ShortConv(nn.Module):
         """x: (R, M, C). lengths: int64 (R,), real tokens of each row, None when all are. state: (R, kernel_size - 1,
         C), the inputs before the first. exchange: of a mixer whose sequence is split over ranks; the inputs before own
         first come from the rank before, state and what is returned are those of the whole sequence.
-        Returns y (R, M, C), arbitrary beyond a row's tokens, and with return_state
-        the last kernel_size - 1 inputs of each row, else None. Raises ValueError for shapes outside these."""
+        Returns y (R, M, C), arbitrary beyond a row's tokens, and with return_state the last kernel_size - 1 inputs of
+        each row, else None. Raises ValueError for shapes outside these."""
         length, past = x.shape[1], self.kernel_size - 1
         if x.dim() != 3 or x.shape[2] != self.channels:
             raise ValueError(f"ShortConv: x has shape {tuple(x.shape)}, expected (R, M, {self.channels})")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ...kernels.dispatch import choose_backend
 from ...kernels.ema import Coefficients, EmaState, ema, ema_coefficients, initialize_ema
+from ..protocol import Exchange
 
 _NAMES = ("delta", "alpha", "beta", "gamma")
 
@@ -61,9 +62,15 @@ class DampedEMA(nn.Module):
         lengths: Tensor | None = None,
         state: EmaState | None = None,
         return_state: bool = False,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, EmaState | None]:
-        """x: (R, M, D), rows with their `lengths` (R,) real tokens first. Returns y, arbitrary beyond them, and the
-        state after each row's last token or None."""
+        """x: (R, M, D), rows with their `lengths` (R,) real tokens first. exchange: of a mixer whose sequence is split
+        over ranks. Returns y, arbitrary beyond them, and the state after each row's last token or None."""
+        if exchange is not None:
+            y, last = self._shared(x, 0, state, return_state, exchange)
+            if self.delta.shape[0] == 2:
+                y = y + self._shared(x.flip(1), 1, None, False, exchange.reversed)[0].flip(1)
+            return F.silu(y), last
         y, last = ema(
             x,
             self.coefficients(0),
@@ -76,6 +83,42 @@ class DampedEMA(nn.Module):
             backend=self.backend,  # type: ignore[arg-type]
         )
         return F.silu(y), last
+
+    def _shared(
+        self, x: Tensor, direction: int, state: EmaState | None, return_state: bool, exchange: Exchange
+    ) -> tuple[Tensor, EmaState | None]:
+        """One direction's average over the part x of a sequence, with omega x in the first; see forward."""
+        taps, weights = self.truncation, self.coefficients(direction)
+        following: EmaState | None = None
+        if taps is None:
+            _, own = self._run(x, weights, None)
+            start = None if state is None else [state.h]
+            decay = torch.exp(weights.log_q * x.shape[1])
+            (h,), last = exchange.prefix([decay], [own.h], start, return_last=return_state)
+            before = EmaState(h)
+            following = None if last is None else EmaState(last[0])
+        else:  # the last inputs say all
+            tail = None if state is None else state.tail
+            _, before = self._run(exchange.around(x, taps, initial=tail)[:, :taps], weights, None)
+            if return_state:
+                _, following = self._run(exchange.last(x, taps, tail), weights, None)
+        return self._run(x, weights, before, self.omega if direction == 0 else None)[0], following
+
+    def _run(
+        self, x: Tensor, weights: Coefficients, state: EmaState | None, skip: Tensor | None = None
+    ) -> tuple[Tensor, EmaState]:
+        y, last = ema(
+            x,
+            weights,
+            skip=skip,
+            truncation=self.truncation,
+            initial_state=state,
+            return_state=True,
+            backend=self.backend,  # type: ignore[arg-type]
+        )
+        if last is None:
+            raise RuntimeError("ema returned no state")
+        return y, last
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

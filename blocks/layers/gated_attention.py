@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..protocol import Exchange
 from ..registry import did_you_mean
 from .chunk_attention import ChunkAttention, ChunkState
 from .projections import reset_normal
@@ -119,6 +120,7 @@ class GatedAttention(_Gated):
         lengths: Tensor | None = None,
         state: ChunkState | None = None,
         return_state: bool = False,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, ChunkState | None]:
         """x: the tokens, mixed: m, what is known of each token's surroundings, residual: all (R, M, D)."""
         v = self.hidden_drop(self._act(self.v_proj(x)))
@@ -126,7 +128,7 @@ class GatedAttention(_Gated):
         u, zr, h = base.split((self.dim, self.z_dim + self.hidden_dim, self.dim), -1)
         z, r = F.silu(zr).split((self.z_dim, self.hidden_dim), -1)
         q, k = (torch.addcmul(shift, z, scale) for shift, scale in zip(self.qk_bias, self.qk_weight, strict=True))
-        o, last = self.attention(q, k, v, lengths=lengths, state=state, return_state=return_state)
+        o, last = self.attention(q, k, v, lengths=lengths, state=state, return_state=return_state, exchange=exchange)
         return self._update(u, h + self.h_proj(o * r), residual), last
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.dilated_conv import dilated_conv
+from ..protocol import Exchange
 from ..registry import did_you_mean
 from .projections import check_divides
 
@@ -54,8 +55,16 @@ class DilatedConv(nn.Module):
         self.pointwise = nn.Linear(channels, channels, **where) if pointwise else None
 
     def forward(
-        self, x: Tensor, *, lengths: Tensor | None, tail: Tensor | None, return_tail: bool
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None,
+        tail: Tensor | None,
+        return_tail: bool,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        if exchange is not None and self.past:
+            return self._shared(x, tail, return_tail, exchange)
         weight = self.weight
         if self.gain is not None:
             weight = weight * (self.gain / weight.flatten(1).norm(dim=1)).view(-1, 1, 1)
@@ -70,6 +79,19 @@ class DilatedConv(nn.Module):
             return_tail=return_tail,
         )
         return y if self.pointwise is None else self.pointwise(y), last
+
+    def _shared(
+        self, x: Tensor, tail: Tensor | None, return_tail: bool, exchange: Exchange
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: one rank's part of the sequence; what the taps read beyond it comes from the ranks that have it."""
+        alone: dict[str, Any] = {"lengths": None, "return_tail": False}
+        if not self.causal:
+            reach = self.past // 2
+            y, _ = self(exchange.around(x, reach, reach), tail=None, **alone)
+            return y[:, reach : reach + x.shape[1]], None
+        last = exchange.last(x, self.past, tail) if return_tail else None
+        y, _ = self(x, tail=exchange.around(x, self.past, initial=tail)[:, : self.past], **alone)
+        return y, last
 
     @property
     def past(self) -> int:
@@ -152,9 +174,11 @@ class TemporalConvNet(nn.Module):
         lengths: Tensor | None = None,
         state: tuple[Tensor, ...] | None = None,
         return_state: bool = False,
+        exchange: Exchange | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """x: (R, M, D), real tokens first. state: the inputs before the first of every convolution, (R, past, D) each.
-        Returns y, arbitrary beyond a row's tokens, and the next state or None."""
+        exchange: of a mixer whose sequence is split over ranks. Returns y, arbitrary beyond a row's tokens, and the
+        next state or None."""
         act = _ACTIVATIONS[self.activation]
         tails: list[Tensor] = []
         branch = x
@@ -162,7 +186,7 @@ class TemporalConvNet(nn.Module):
             if i % self.num_convs == 0:
                 branch = x
             tail = None if state is None else state[i]
-            branch, last = conv(branch, lengths=lengths, tail=tail, return_tail=return_state)
+            branch, last = conv(branch, lengths=lengths, tail=tail, return_tail=return_state, exchange=exchange)
             branch = self.drop(act(branch))
             if last is not None:
                 tails.append(last)

@@ -70,6 +70,7 @@ class Mega(Mixer):
     ema: DampedEMA  # the self patterns only
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming: ClassVar[bool] = True
+    shared_patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal"})
     state_type = MegaState
     reads_residual = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -161,8 +162,9 @@ class Mega(Mixer):
             return MixerOutput(layout.restore(self.gated(rows, context, before, context_mask=context_mask)))
         ema, cache = (None, None) if state is None else state
         streams = state is not None
-        mixed, ema = self.ema(rows, lengths=layout.lengths, state=ema, return_state=streams)
-        y, cache = self.gated(rows, mixed, before, lengths=layout.lengths, state=cache, return_state=streams)
+        mixed, ema = self.ema(rows, lengths=layout.lengths, state=ema, return_state=streams, exchange=self.exchange)
+        shared: dict[str, Any] = {"return_state": streams, "exchange": self.exchange}
+        y, cache = self.gated(rows, mixed, before, lengths=layout.lengths, state=cache, **shared)
         return MixerOutput(layout.restore(y), MegaState(ema, cache) if streams else None)
 
     def init_state(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels.s4d_conv import INITS, discretize, initialize, s4d_conv
 from ..parameters import tag_parameter
-from ..protocol import Mixer, MixerOutput, State
+from ..protocol import ChunkSummary, Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 _ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU, "none": nn.Identity}
@@ -50,6 +50,8 @@ class S4D(Mixer):
 
     patterns = frozenset({"self", "causal"})
     streaming = True
+    linear_state = True
+    shared_patterns = patterns
     state_type = S4DState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "causal": {"causal": True, "d_state": 8},
@@ -176,11 +178,9 @@ class S4D(Mixer):
 
     def _convolve(self, u: Tensor, lengths: Tensor | None, state: S4DState | None) -> tuple[Tensor, Tensor | None]:
         """The state space alone: (B, L, D) to (B, L, D), and the state after each row's last token."""
-        dtype = torch.promote_types(self.c.dtype, torch.float32)
-        with torch.autocast(u.device.type, enabled=False):
-            a = torch.complex(-torch.exp(self.log_a_real.to(dtype)), self.a_imag.to(dtype))
-            b, c = (torch.view_as_complex(t.to(dtype).contiguous()) for t in (self.b, self.c))
-            log_a, b = discretize(a, b, torch.exp(self.log_dt.to(dtype)) * self.rate, self.discretization)
+        if self.exchange is not None:
+            return self._shared(u, state)
+        log_a, b, c = self._discretized(u)
         return s4d_conv(
             u,
             log_a,
@@ -193,6 +193,49 @@ class S4D(Mixer):
             output_state=state is not None,
             backend=self.backend,
         )
+
+    def _discretized(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log Abar and Bbar, complex (D, N / 2), and C, complex (1 or 2, D, N / 2)."""
+        dtype = torch.promote_types(self.c.dtype, torch.float32)
+        with torch.autocast(u.device.type, enabled=False):
+            a = torch.complex(-torch.exp(self.log_a_real.to(dtype)), self.a_imag.to(dtype))
+            b, c = (torch.view_as_complex(t.to(dtype).contiguous()) for t in (self.b, self.c))
+            log_a, b = discretize(a, b, torch.exp(self.log_dt.to(dtype)) * self.rate, self.discretization)
+        return log_a, b, c
+
+    def _summary(self, u: Tensor, log_a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Abar^L, complex (D, N / 2), and the state that u leaves, real (B, D, N / 2, 2)."""
+        _, own = s4d_conv(u, log_a, b, c[0], output_state=True, backend=self.backend)
+        if own is None:
+            raise RuntimeError(f"s4d_conv with backend={self.backend!r} returned no state")
+        return torch.exp(log_a * u.shape[1]), own
+
+    def _shared(self, u: Tensor, state: S4DState | None) -> tuple[Tensor, Tensor | None]:
+        """As `_convolve`, u being one rank's part of the sequence."""
+        if self.exchange is None:
+            raise RuntimeError("S4D: no exchange is set")
+        terms = log_a, b, c = self._discretized(u)
+        decay, own = self._summary(u, *terms)
+        start = None if state is None else [torch.view_as_complex(state.x.contiguous())]
+        found, last = self.exchange.prefix([decay], [torch.view_as_complex(own)], start, return_last=state is not None)
+        before = torch.view_as_real(found[0])
+        y, _ = s4d_conv(u, log_a, b, c[0], skip=self.d, state=before, backend=self.backend)
+        if self.causal:
+            return y, None if last is None else torch.view_as_real(last[0])
+        # The kernel from the end starts with the token after: one step behind that of the flipped sequence.
+        turned = u.flip(1)
+        decay, own = self._summary(turned, *terms)
+        (behind,), _ = self.exchange.reversed.prefix([decay], [torch.view_as_complex(own)])
+        z, _ = s4d_conv(turned, log_a, b, c[1], state=torch.view_as_real(behind), backend=self.backend)
+        first = 2 * (c[1] * behind).real.sum(-1).unsqueeze(1)
+        return y + torch.cat((first.to(z.dtype), z[:, :-1]), 1).flip(1), None
+
+    def chunk_summary(self, x: Tensor, *, state: State | None = None) -> ChunkSummary:
+        """See `Mixer.chunk_summary`; the transition is complex."""
+        if not self.causal:
+            return super().chunk_summary(x)
+        decay, own = self._summary(x, *self._discretized(x))
+        return ChunkSummary(S4DState(decay), S4DState(own))
 
     def init_state(
         self,

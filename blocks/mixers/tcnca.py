@@ -30,7 +30,7 @@ from ..layers.norm import LayerNorm
 from ..layers.projections import reset_normal
 from ..layers.rows import lay_out
 from ..layers.tcn import TemporalConvNet
-from ..protocol import Mixer, MixerOutput, State
+from ..protocol import Exchange, Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 _SMALL = {"causal": True, "chunk_size": 4, "tcn_depth": 2, "kernel_size": 3, "dilation_factor": 2}
@@ -58,10 +58,16 @@ class ChunkedSelfAttention(nn.Module):
         reset_normal(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
 
     def forward(
-        self, x: Tensor, *, lengths: Tensor | None, state: ChunkState | None, return_state: bool
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None,
+        state: ChunkState | None,
+        return_state: bool,
+        exchange: Exchange | None,
     ) -> tuple[Tensor, ChunkState | None]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        o, last = self.attention(q, k, v, lengths=lengths, state=state, return_state=return_state)
+        o, last = self.attention(q, k, v, lengths=lengths, state=state, return_state=return_state, exchange=exchange)
         return self.drop(self.out_proj(o)), last
 
 
@@ -91,6 +97,7 @@ class TCNCA(Mixer):
     norm: LayerNorm  # the simple variant only
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming: ClassVar[bool] = True
+    shared_patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal"})
     state_type = TcncaState
     reads_residual = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -201,8 +208,9 @@ class TCNCA(Mixer):
             return MixerOutput(layout.restore(self.mixing(rows, context, before, context_mask=context_mask)))
         tails, cache = (None, None) if state is None else state
         streams = state is not None
-        mixed, tails = self.tcn(rows, lengths=layout.lengths, state=tails, return_state=streams)
-        cached: dict[str, Any] = {"lengths": layout.lengths, "state": cache, "return_state": streams}
+        shared: dict[str, Any] = {"lengths": layout.lengths, "return_state": streams, "exchange": self.exchange}
+        mixed, tails = self.tcn(rows, state=tails, **shared)
+        cached: dict[str, Any] = {"state": cache, **shared}
         if isinstance(self.mixing, ChunkedSelfAttention):
             y, cache = self.mixing(self.norm(before + mixed), **cached)
         else:
