@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 Parts = tuple[Tensor, ...]
 Combine = Callable[[Parts, Parts], Parts]
-Body = Callable[[Parts, Parts], tuple[Parts, Tensor]]
+Body = Callable[[Parts, Parts, Parts], tuple[Parts, Tensor]]
 
 
 def to_blocks(x: Tensor, size: int) -> Tensor:
@@ -30,35 +30,45 @@ def to_blocks(x: Tensor, size: int) -> Tensor:
 
 def from_blocks(x: Tensor, length: int) -> Tensor:
     """(B, n, C, ...) to (B, L, ...)."""
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]
+    number, size = x.shape[1:3]
+    torch._check(length <= number * size)
+    return x.contiguous().view(x.shape[0], number * size, *x.shape[3:]).narrow(1, 0, length)
 
 
-def chunk_scan(body: Body, first: Parts, parts: Sequence[Tensor], size: int) -> tuple[Parts, Tensor]:
+def chunk_scan(body: Body, first: Parts, parts: Sequence[Tensor], size: int, given: Parts = ()) -> tuple[Parts, Tensor]:
     """Walk along rows (B, L, ...) in chunks of up to `size` steps, the last filled up with zeros.
 
-    body: (carried, the chunk of every part, (B, C, ...)) to (what the next chunk is given, y (B, C, ...)), all new
-    tensors. first: what the first chunk is given. Returns what is carried at the end and y (B, L, ...).
+    body: (carried, the chunk of every part, (B, C, ...), given) to (what the next chunk is given, y (B, C, ...)); it
+    reads no other tensors. first: what the first chunk is given. given: what all chunks are. Returns what is carried at
+    the end and y (B, L, ...).
     """
     length = parts[0].shape[1]
     if isinstance(length, int) and length <= size:
-        return body(first, tuple(parts))
+        return body(first, tuple(parts), given)
     chunks = [to_blocks(part, size).movedim(1, 0) for part in parts]
     if torch.compiler.is_exporting():
-        from torch._higher_order_ops.scan import scan  # the one loop that torch.export keeps as a loop
-
-        carried, ys = scan(lambda carried, chunk: _new(*body(carried, tuple(chunk))), first, chunks)
+        carried, ys = _kept_loop(body, first, chunks, given)
     else:
         carried, found = first, []
         for chunk in zip(*chunks, strict=True):
-            carried, y = body(carried, chunk)
+            carried, y = body(carried, chunk, given)
             found.append(y)
         ys = torch.stack(found)
     return carried, from_blocks(ys.movedim(0, 1), length)
 
 
-def _new(carried: Parts, y: Tensor) -> tuple[Parts, Tensor]:
-    """Copies, so that no output of the loop's body is a view."""
-    return tuple(t.contiguous().clone() for t in carried), y.contiguous().clone()
+def _kept_loop(body: Body, first: Parts, chunks: Sequence[Tensor], given: Parts) -> tuple[Parts, Tensor]:
+    """The loop as torch's operation, not by the function around it, which would start the compiler for each."""
+    from torch._higher_order_ops.scan import scan_op
+
+    number, width = len(first), len(first) + len(chunks)
+
+    def step(*tensors: Tensor) -> list[Tensor]:
+        carried, y = body(tensors[:number], tensors[number:width], tensors[width:])
+        return [t.contiguous().clone() for t in (*carried, y)]  # no output may be a view
+
+    *carried, ys = scan_op(step, [t.clone() for t in first], [*chunks], given)
+    return tuple(carried), ys
 
 
 def delayed(x: Tensor, steps: int, dim: int = 1, fill: float = 0.0) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..gated_linear_attention.portable import CHANNEL_CHUNK, LOWEST, gated_chunk
-from ..portable import chunk_scan, linear_steps, running_max
+from ..portable import Parts, chunk_scan, linear_steps, running_max
 from .naive import ABSENT, RunningState
 
 
@@ -41,7 +41,7 @@ def running_portable(
     return o, RunningState(*state)
 
 
-def _chunk(carried: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+def _chunk(carried: Parts, parts: Parts, _: Parts) -> tuple[Parts, Tensor]:
     (m, z, num), (share, score, v, real) = carried, parts
     score = score.masked_fill(real == 0, ABSENT)
     top = running_max(score.detach(), m.detach())

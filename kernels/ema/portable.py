@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import chunk_scan
+from ..portable import Parts, chunk_scan
 from .chunked import ema_chunked
 from .naive import Coefficients, EmaState
 
@@ -59,11 +59,13 @@ def _average(x: Tensor, weights: Coefficients) -> Tensor:
     toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)  # (D, C, C)
     write = b.unsqueeze(2) * power.flip(2)
     read = (c * torch.exp(log_q)).unsqueeze(2) * power
-    decay = torch.exp(log_q * size)
+    decay = torch.exp(log_q * size).unsqueeze(2)
+    first = x.new_zeros(*b.shape, x.shape[0])
+    return chunk_scan(_chunk, (first,), (x,), size, (toeplitz, read.transpose(1, 2), write, decay))[1]
 
-    def body(carried, parts):
-        chunk, h = parts[0].permute(2, 1, 0), carried[0]  # (D, C, B), (D, N, B)
-        y = toeplitz @ chunk + read.transpose(1, 2) @ h
-        return (h * decay.unsqueeze(2) + write @ chunk,), y.permute(2, 1, 0)
 
-    return chunk_scan(body, (x.new_zeros(*b.shape, x.shape[0]),), (x,), size)[1]
+def _chunk(carried: Parts, parts: Parts, given: Parts) -> tuple[Parts, Tensor]:
+    toeplitz, read, write, decay = given
+    chunk, h = parts[0].permute(2, 1, 0), carried[0]  # (D, C, B), (D, N, B)
+    y = toeplitz @ chunk + read @ h
+    return (h * decay + write @ chunk,), y.permute(2, 1, 0)

@@ -53,7 +53,7 @@ def portable_gated_linear_attention(
         g = log_decay.to(acc).clamp(min=LOWEST).expand(batch, length, heads, log_decay.shape[3])
         first = v.new_zeros(batch, heads, q.shape[3], value, dtype=acc) if initial is None else initial.to(acc)
 
-        def body(carried, parts):
+        def body(carried, parts, _):
             o, after = gated_chunk(*parts, *carried)
             return (after,), o
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import chunk_scan
+from ..portable import Parts, chunk_scan
 from .naive import LinearState, accumulation_dtype
 
 CHUNK = 64
@@ -49,7 +49,7 @@ def portable_linear_attention(
         return o.to(v.dtype), LinearState(state[..., :-1], state[..., -1])
 
 
-def _chunk(carried: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+def _chunk(carried: Parts, parts: Parts, _: Parts) -> tuple[Parts, Tensor]:
     q, k, v = (t.transpose(1, 2) for t in parts)  # (B, H, C, .)
     o = (q @ k.transpose(2, 3)).tril() @ v + q @ carried[0]
     return (carried[0] + k.transpose(2, 3) @ v,), o.transpose(1, 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import chunk_scan, delayed
+from ..portable import Parts, chunk_scan, delayed
 from .chunked import s4d_conv_chunked
 
 CHUNK = 64
@@ -49,15 +49,17 @@ def _convolved(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     write = _power(log_a, steps.flip(0), b)
     decay = _power(log_a, steps.new_full((1,), size), None)
     real, imag = _power(log_a, steps + 1, 2 * c)
-
-    def body(carried, parts):
-        chunk, (xr, xi) = parts[0].permute(2, 1, 0), carried  # (D, C, B), (D, N, B) twice
-        y = toeplitz @ chunk + real.transpose(1, 2) @ xr - imag.transpose(1, 2) @ xi
-        after = xr * decay[0] - xi * decay[1] + write[0] @ chunk, xr * decay[1] + xi * decay[0] + write[1] @ chunk
-        return after, y.permute(2, 1, 0)
-
+    given = toeplitz, real.transpose(1, 2), imag.transpose(1, 2), *write, *decay
     zero = u.new_zeros(*log_a.shape, u.shape[0])
-    return chunk_scan(body, (zero, zero.clone()), (u,), size)[1]
+    return chunk_scan(_chunk, (zero, zero.clone()), (u,), size, given)[1]
+
+
+def _chunk(carried: Parts, parts: Parts, given: Parts) -> tuple[Parts, Tensor]:
+    toeplitz, real, imag, write_real, write_imag, ar, ai = given
+    chunk, (xr, xi) = parts[0].permute(2, 1, 0), carried  # (D, C, B), (D, N, B) twice
+    y = toeplitz @ chunk + real @ xr - imag @ xi
+    after = xr * ar - xi * ai + write_real @ chunk, xr * ai + xi * ar + write_imag @ chunk
+    return after, y.permute(2, 1, 0)
 
 
 def _power(log_a: Tensor, steps: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

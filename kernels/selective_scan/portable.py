@@ -27,11 +27,11 @@ def portable_selective_scan(
     with torch.autocast(u.device.type, enabled=False):
         u, dt, a, b, c = (t.to(initial.dtype) for t in (u, dt, a, b, c))
 
-        def body(carried, parts):
+        def body(carried, parts, given):
             u, dt, b, c = parts
-            decay_BCEN = torch.exp(dt.unsqueeze(3) * a)
+            decay_BCEN = torch.exp(dt.unsqueeze(3) * given[0])
             h_BCEN = linear_steps(decay_BCEN, (dt * u).unsqueeze(3) * b.unsqueeze(2), carried[0])
             return (h_BCEN[:, -1],), (h_BCEN * c.unsqueeze(2)).sum(3)
 
-        (last,), y = chunk_scan(body, (initial,), (u, dt, b, c), CHUNK)
+        (last,), y = chunk_scan(body, (initial,), (u, dt, b, c), CHUNK, (a,))
         return y, last

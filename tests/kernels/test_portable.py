@@ -70,13 +70,13 @@ def test_steps_of_a_chunk_are_the_recurrence(length):
 def test_a_walk_over_chunks_meets_every_step_once(length):
     x = rand(2, length, 3)
 
-    def body(carried, parts):
-        sums = parts[0].cumsum(1) + carried[0].unsqueeze(1)
+    def body(carried, parts, given):
+        sums = (parts[0] * given[0]).cumsum(1) + carried[0].unsqueeze(1)
         return (sums[:, -1],), sums
 
-    (last,), y = chunk_scan(body, (torch.ones(2, 3, dtype=F64),), (x,), 4)
-    torch.testing.assert_close(y, 1 + x.cumsum(1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(last, 1 + x.sum(1), rtol=1e-12, atol=1e-12)
+    (last,), y = chunk_scan(body, (torch.ones(2, 3, dtype=F64),), (x,), 4, (torch.full((), 2.0, dtype=F64),))
+    torch.testing.assert_close(y, 1 + 2 * x.cumsum(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, 1 + 2 * x.sum(1), rtol=1e-12, atol=1e-12)
 
 
 def test_delayed_keeps_the_length():
