@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import stopping
 from .atomic import atomic_write_text
 from .config_errors import explain
 from .environment import CWD, RANK_VARIABLES, RUN_DIR, environment_kept, external_rank, variable
@@ -30,14 +32,15 @@ from .errors import UserError, one_line
 from .overrides import Request, command_line_targets, complete_mixer, quote, split_override
 from .validate import validate_types
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def launch(request: Request) -> int:
-    """Run a command line; returns the exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    """Run a command line; returns the exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted by Ctrl-C, 143 by
+    SIGTERM, 129 by SIGHUP."""
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
-    with environment_kept():
+    with environment_kept(), stopping.handled():
         os.environ[CWD] = os.getcwd()  # ${paths.data} and ${paths.runs} start from it
         if request.allow:
             os.environ["SEQZOO_ALLOW"] = ",".join(filter(None, [os.environ.get("SEQZOO_ALLOW"), *request.allow]))
@@ -55,9 +58,9 @@ def launch(request: Request) -> int:
                 if rank != 0:
                     return _composed(request, overrides, None, wants_traceback)
             return _hydra(request, overrides, wants_traceback)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+        except KeyboardInterrupt as error:
+            print(_how(error), file=sys.stderr)
+            return _status(error)
         except UserError as error:
             return _say(str(error), USAGE, wants_traceback)
         except Exception as error:
@@ -108,6 +111,8 @@ def _hydra(request: Request, overrides: Sequence[str], wants_traceback: bool) ->
                         "folder": str(run_dir),
                     }
                 )
+                if stopping.asked() is not None:
+                    raise stopping.Stopped(stopping.asked() or 0)
                 if status == INTERRUPTED:
                     raise KeyboardInterrupt
                 # Sweepers that optimise (Optuna) read NaN as a failed trial.
@@ -246,16 +251,22 @@ def _guarded(action: Callable[[], Any], run_dir: Path, wants_traceback: bool) ->
     """Run and turn what is raised into a line on stderr and an exit status."""
     try:
         return OK, action()
-    except KeyboardInterrupt:
-        return _interrupted(run_dir), None
+    except KeyboardInterrupt as error:
+        return _interrupted(run_dir, error), None
     except SystemExit as error:
-        # Lightning turns Ctrl-C into sys.exit(1) once it has shut down.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            return _interrupted(run_dir), None
+        # Lightning turns Ctrl-C into sys.exit(1) once it has shut down, SIGTERM into an exit of its own.
+        cause = error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            return _interrupted(run_dir, cause), None
+        if type(error).__name__ == "SIGTERMException":
+            return _interrupted(run_dir, stopping.Stopped(signal.SIGTERM)), None
         return (error.code if isinstance(error.code, int) else FAILED if error.code else OK), None
     except UserError as error:
         return _say(str(error), USAGE, wants_traceback), None
     except Exception as error:
+        signum = stopping.asked()
+        if signum is not None:  # it ended workers too, whose end is an error
+            return _interrupted(run_dir, stopping.Stopped(signum)), None
         cause = one_line(error) or "no message"
         hint = "" if wants_traceback else f" (set {_FULL_ERROR}=1 for the traceback)"
         text = f"{type(error).__name__}: {cause}{hint}"
@@ -270,15 +281,24 @@ def _say(text: str, status: int, wants_traceback: bool) -> int:
     return status
 
 
-def _interrupted(run_dir: Path) -> int:
+def _how(error: KeyboardInterrupt) -> str:
+    signum = error.signum if isinstance(error, stopping.Stopped) else signal.SIGINT
+    return "interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}"
+
+
+def _status(error: KeyboardInterrupt) -> int:
+    return stopping.exit_status(error.signum) if isinstance(error, stopping.Stopped) else INTERRUPTED
+
+
+def _interrupted(run_dir: Path, error: KeyboardInterrupt) -> int:
     """Say where training can go on from."""
     found = sorted(run_dir.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         if found:
-            print(f"interrupted; the last checkpoint: ckpt_path={found[-1]} goes on from it", file=sys.stderr)
+            print(f"{_how(error)}; the last checkpoint: ckpt_path={found[-1]} goes on from it", file=sys.stderr)
         else:
-            print("interrupted before the first checkpoint", file=sys.stderr)
-    return INTERRUPTED
+            print(f"{_how(error)} before the first checkpoint", file=sys.stderr)
+    return _status(error)
 
 
 def _remove_unused(run_dir: Path) -> None:
@@ -325,14 +345,16 @@ def _sweep_job(request: Request, overrides: Sequence[str], run_dir: Path) -> tup
     process = subprocess.Popen([sys.executable, "-P", "-m", "seqzoo", request.command, *arguments], env=environment)
     try:
         status = process.wait()
-    except KeyboardInterrupt:
-        # The job got the signal too, and is saving its checkpoint; a second Ctrl-C ends it at once.
+    except KeyboardInterrupt as error:
+        # A terminal sends Ctrl-C to the job too; SIGTERM is sent on. It saves its checkpoint; a second one ends it.
+        if _status(error) != INTERRUPTED:
+            process.send_signal(_status(error) - 128)
         try:
-            status = process.wait()
+            process.wait()
         except KeyboardInterrupt:
             process.kill()
             process.wait()
-        status = INTERRUPTED
+        status = _status(error)
     if status:
         return status, None
     try:

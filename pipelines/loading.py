@@ -5,7 +5,7 @@ An item is a number: a window of a table, a row of a text corpus.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -136,8 +136,12 @@ class NumberSampler(IndexSampler):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader over an `IndexSampler` that knows its position: training resumes within an epoch."""
+    """A DataLoader over an `IndexSampler` that knows its position: training resumes within an epoch.
 
+    before_batch: called when the next batch is asked for, before anything is drawn or read for it.
+    """
+
+    before_batch: Callable[[], None] | None = None
     _taken = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -146,7 +150,16 @@ class ResumableLoader(DataLoader[Any]):
             yield from super().__iter__()
             return
         self._taken = sampler.position
-        for batch in self._epoch(sampler):
+        batches = None
+        while True:
+            if self.before_batch is not None and self._taken < len(sampler):
+                self.before_batch()
+            if batches is None:
+                batches = self._epoch(sampler)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
             self._taken += 1
             yield batch
 
@@ -174,7 +187,8 @@ class ResumableLoader(DataLoader[Any]):
         sampler = self.sampler
         if isinstance(sampler, IndexSampler):
             sampler.set_epoch(state["epoch"])
-            self._taken = sampler.position = state["taken"] if state["taken"] < len(sampler) else 0
+            self._taken = state["taken"]
+            sampler.position = state["taken"] if state["taken"] < len(sampler) else 0
 
 
 class EvaluationLoader(DataLoader[Any]):
@@ -190,8 +204,12 @@ class EvaluationLoader(DataLoader[Any]):
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
-    """Arguments of a DataLoader over an `IndexSampler`, whose items are batches already."""
+    """Arguments of a DataLoader over an `IndexSampler`, whose items are batches already.
+
+    With a generator of its own: the base class draws a seed for workers at times that a resumed run does not repeat.
+    """
     return {
+        "generator": torch.Generator(),
         "batch_size": None,
         "collate_fn": identity,
         "num_workers": num_workers,

@@ -96,6 +96,7 @@ class SeqzooProgress(ProgressBar):
         # one for each stage under way: validation runs within a training epoch
         self._rates: list[tuple[Rate, float]] = []
         self._epoch_is_over = False
+        self._in_epoch = False
 
     @property
     def rate(self) -> Rate:
@@ -160,22 +161,35 @@ class SeqzooProgress(ProgressBar):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         last = trainer.max_epochs
         label = f"epoch {trainer.current_epoch + 1}" + (f"/{last}" if last is not None and last > 0 else "")
+        self._in_epoch = True
         self._start(label, self.total_train_batches)
+
+    def _within_epoch(self, trainer: Any) -> None:
+        """A run that goes on within an epoch is not told of its beginning."""
+        if not self._in_epoch:
+            self.on_train_epoch_start(trainer, trainer.lightning_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._within_epoch(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._step(batch, batch_idx + 1, self.total_train_batches)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._within_epoch(trainer)
         self._epoch_is_over = True
         self._stop()
-        self._epoch_is_over = False
+        self._epoch_is_over = self._in_epoch = False
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._rates.clear()
+        self._in_epoch = False
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._within_epoch(trainer)
         self._evaluation_starts("validation", dataloader_idx, "total_val_batches_current_dataloader")
 
     def on_validation_batch_end(

@@ -15,11 +15,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from .checkpoints import AtomicCheckpointIO, SafeModelCheckpoint, load_checkpoint
+from .checkpoints import AtomicCheckpointIO, LastCheckpoint, SafeModelCheckpoint, load_checkpoint
 from .errors import UserError, user_errors
+from .history import Continued, MetricsLog
 from .instantiate import safe_instantiate
 from .progress import progress_callback
 from .reports import export, report_fit, report_validation
@@ -93,9 +94,13 @@ def _fit(task: Any, cfg: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any],
         data = task.build_data(cfg)
         data.setup("fit")
         module = task.build_module(cfg, data)
+        continued = None
         if resume is not None:
-            task.check_resume(load_checkpoint(resume), module, resume)
-        trainer = build_trainer(cfg, run_dir, fitting=True)
+            saved = load_checkpoint(resume)
+            task.check_resume(saved, module, resume)
+            continued = Continued.of(resume, saved)
+            del saved
+        trainer = build_trainer(cfg, run_dir, fitting=True, continued=continued)
     if trainer.is_global_zero:
         write_metrics(run_dir, environment(), name="environment")
         parameters = sum(p.numel() for p in module.net.parameters())
@@ -103,7 +108,9 @@ def _fit(task: Any, cfg: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any],
     if cfg["trainer"].get("compile"):
         module.net.compile()
     trainer.fit(module, datamodule=data, ckpt_path=None if resume is None else str(resume))
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    # of a training that had ended there are none
+    metrics = {} if continued is None else dict(continued.metrics)
+    metrics |= {k: float(v) for k, v in trainer.callback_metrics.items()}
     if trainer.interrupted:
         raise KeyboardInterrupt
     best = _best_path(trainer)
@@ -219,8 +226,10 @@ def _run_name(folder: Path) -> str | None:
     return saved.get("name") if isinstance(saved, DictConfig) else None
 
 
-def build_trainer(cfg: dict[str, Any], run_dir: Path, *, fitting: bool) -> L.Trainer:
-    """The Trainer of a run: every path it writes to lies in `run_dir`."""
+def build_trainer(
+    cfg: dict[str, Any], run_dir: Path, *, fitting: bool, continued: Continued | None = None
+) -> L.Trainer:
+    """The Trainer of a run: every path it writes to lies in `run_dir`. continued: the run that it goes on with."""
     options = dict(cfg["trainer"])
     options.pop("compile", None)
     options["strategy"] = create_strategy(options.get("strategy", "auto"))
@@ -228,7 +237,7 @@ def build_trainer(cfg: dict[str, Any], run_dir: Path, *, fitting: bool) -> L.Tra
         **options,
         default_root_dir=str(run_dir),
         callbacks=_callbacks(cfg, run_dir, fitting=fitting),
-        logger=_loggers(cfg, run_dir) if fitting else False,
+        logger=_loggers(cfg, run_dir, continued) if fitting else False,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=cfg["callbacks"].get("progress", "auto") != "none",  # ours is among the callbacks
         enable_model_summary=False,
@@ -256,15 +265,7 @@ def _callbacks(cfg: dict[str, Any], run_dir: Path, *, fitting: bool) -> list[Cal
             )
         )
         if checkpoint.get("save_last", True):
-            callbacks.append(
-                SafeModelCheckpoint(
-                    dirpath=run_dir / "checkpoints",
-                    filename="last",
-                    enable_version_counter=False,
-                    every_n_train_steps=every,
-                    save_on_train_epoch_end=None if every else True,
-                )
-            )
+            callbacks.append(LastCheckpoint(run_dir / "checkpoints", every_n_train_steps=every))
     if fitting and options.get("early_stopping"):
         stopping = {"monitor": "val/loss", "mode": "min", **options["early_stopping"]}
         callbacks.append(EarlyStopping(**stopping, check_on_train_epoch_end=False))
@@ -278,15 +279,16 @@ def _callbacks(cfg: dict[str, Any], run_dir: Path, *, fitting: bool) -> list[Cal
     return callbacks
 
 
-def _loggers(cfg: dict[str, Any], run_dir: Path) -> list[Logger]:
+def _loggers(cfg: dict[str, Any], run_dir: Path, continued: Continued | None) -> list[Logger]:
     options = cfg["logger"]
     loggers: list[Logger] = []
     if options.get("csv", True):
-        loggers.append(CSVLogger(run_dir, name="", version="logs"))
+        loggers.append(MetricsLog(run_dir, continued))
     wanted = options.get("tensorboard", "auto")
     if wanted:
         if importlib.util.find_spec("tensorboard") is not None:
-            loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+            step = None if continued is None else continued.step
+            loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=step))
         elif wanted != "auto":
             raise UserError("logger.tensorboard=true, but tensorboard is not installed: pip install tensorboard")
     for node in (options.get("extra") or {}).values():

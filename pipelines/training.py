@@ -19,6 +19,7 @@ from .errors import UserError
 from .loading import ResumableLoader
 from .muon import create_muon
 from .ranks import RankedModule
+from .resume import RUN_STATE, load_run_state, save_run_state
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 SCHEDULERS = ("none", "cosine", "wsd", "informer")
@@ -111,36 +112,31 @@ class TrainingModule(RankedModule):
             with _option_errors():
                 check_layer_decay(self.optimizer_options["layer_decay"])
         self.scheduler_options = dict(scheduler)
-        self._generators: dict[str, Any] | None = None
+        self._saved: dict[str, Any] = {}
         self._ranks: dict[str, Any] | None = None
         self._position: dict[str, int] | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning keeps no random state; without it a resumed run would draw other dropout masks. It keeps the
-        loader's position, but forgets it when a schedule has asked for the number of steps before it was restored."""
+        """What Lightning keeps not (see `resume`). It keeps the loader's position, but forgets it when a schedule has
+        asked for the number of steps before it was restored."""
         loader = self.trainer.train_dataloader
         if isinstance(loader, ResumableLoader):
             checkpoint["data_position"] = loader.state_dict()
-        checkpoint["generators"] = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        save_run_state(self.trainer, checkpoint)
         self.save_ranks(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._generators, self._position = checkpoint.get("generators"), checkpoint.get("data_position")
-        self._ranks = checkpoint.get("ranks")
+        self._saved = {key: checkpoint[key] for key in RUN_STATE if key in checkpoint}
+        self._position, self._ranks = checkpoint.get("data_position"), checkpoint.get("ranks")
 
     def on_train_start(self) -> None:
         loader = self.trainer.train_dataloader
         if self._position is not None and isinstance(loader, ResumableLoader):
             loader.load_state_dict(self._position)
         self._position = None
-        if self._generators is not None:  # not at loading: what is built in between draws numbers too
-            torch.set_rng_state(self._generators["cpu"])
-            if self._generators["cuda"] and len(self._generators["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(self._generators["cuda"])
-            self._generators = None
+        if self._saved:  # not at loading: what is built in between draws numbers too
+            load_run_state(self.trainer, self._saved)
+            self._saved = {}
         self.start_ranks(self._ranks)
         self._ranks = None
 
