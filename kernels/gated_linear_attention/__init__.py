@@ -158,7 +158,8 @@ def _checked(
     if groups < 1 or heads % groups:
         raise ValueError(f"{shapes}: the {groups} groups of q and k must divide the {heads} heads of v")
     forms = [(heads,), (batch, length, heads), (batch, length, heads, key)]
-    if tuple(log_decay.shape) not in forms or not log_decay.is_floating_point():
+    form = {len(known): known for known in forms}.get(log_decay.dim())
+    if form is None or tuple(log_decay.shape) != form or not log_decay.is_floating_point():
         raise ValueError(
             f"{OP}: log_decay is {log_decay.dtype} {tuple(log_decay.shape)}, expected a float of shape "
             f"{forms[0]}, {forms[1]} or {forms[2]}"
