@@ -81,6 +81,10 @@ class Exchange(Protocol):
         order. x: own tokens (B, L, ...). Returns own spans, joined, (B, M, ...)."""
         ...
 
+    def everywhere(self, x: Tensor, *spans: tuple[int, int]) -> Tensor:
+        """`gather` with the same spans on every rank; without any, the whole sequence."""
+        ...
+
     def around(self, x: Tensor, before: int, after: int = 0, initial: Tensor | None = None) -> Tensor:
         """x (B, L, ...) with the `before` tokens that precede it and the `after` that follow, zeros beyond the ends;
         initial: (B, before, ...), what precedes the whole sequence."""

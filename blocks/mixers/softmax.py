@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...kernels.softmax import Sinks, softmax_attention, visible, window_attention
 from ..layers.kv_cache import KVState, append, empty_cache, keep_window, with_window
@@ -14,7 +15,8 @@ from ..layers.norm import RMSNorm
 from ..layers.positions import T5RelativeBias, alibi_bias, check_rope_scaling, check_rotary_dim, rope
 from ..layers.projections import head_width, reset_linear
 from ..layers.rows import packed_groups, rank_order, take
-from ..protocol import Mixer, MixerOutput
+from ..layers.shared_keys import all_keys, window_keys
+from ..protocol import Exchange, Mixer, MixerOutput
 from ..registry import did_you_mean, register_mixer
 
 SCHEMES = ("none", "rope", "alibi", "t5")
@@ -59,6 +61,7 @@ class SoftmaxAttention(Mixer):
 
     patterns: ClassVar[frozenset[str]] = frozenset({"self", "causal", "cross", "causal-cross"})
     streaming: ClassVar[bool] = True
+    shared_patterns: ClassVar[frozenset[str]] = patterns
     state_type = KVState
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "default": {},
@@ -300,7 +303,8 @@ class SoftmaxAttention(Mixer):
     def _rows(self, rows: _Rows, state: KVState | None) -> tuple[Tensor, KVState | None]:
         """Self attention of right-padded rows after `state`: (B, L, H, K) and the next state."""
         q, k, v, valid = rows
-        place = torch.arange(q.shape[1], device=q.device).unsqueeze(0)
+        start = 0 if self.exchange is None else self.exchange.start
+        place = torch.arange(start, start + q.shape[1], device=q.device).unsqueeze(0)
         if state is not None:
             place = place + state.length.unsqueeze(1)
         position = place if valid is None else torch.where(valid, place, -1)
@@ -310,6 +314,9 @@ class SoftmaxAttention(Mixer):
             q_turned = q
         # Short enough rows see everything through their window, which the full form does faster.
         span = 0 if self.window_size is None else self.window_size + (self.num_sinks if self.causal else 0)
+        if self.exchange is not None:
+            windowed = span > 0 and (state is not None or self.exchange.total > span)
+            return self._shared(q, q_turned, k, v, place, state, windowed, self.exchange)
         if span and (state is not None or q.shape[1] > span):
             return self._windowed(q, q_turned, k, v, position, state)
         return self._full(q_turned, k, v, position, valid, state)
@@ -356,8 +363,7 @@ class SoftmaxAttention(Mixer):
         position: Tensor,
         state: KVState | None,
     ) -> tuple[Tensor, KVState | None]:
-        window, num_sinks = self.window_size or 1, self.num_sinks
-        sinks: Sinks | None = None
+        num_sinks = self.num_sinks
         if state is not None:
             first, recent = with_window(state, k, v, position.expand(q.shape[0], -1), num_sinks)
             state = keep_window(state, first, recent)
@@ -366,9 +372,23 @@ class SoftmaxAttention(Mixer):
         else:
             k_position = position
             sinks = Sinks(k[:, :num_sinks], v[:, :num_sinks], position[:, :num_sinks])
-        horizon = num_sinks + window - 1
-        if num_sinks == 0:
-            sinks = None
+        return self._near(q, q_turned, k, v, position, k_position, sinks if num_sinks else None), state
+
+    def _near(
+        self,
+        q: Tensor,
+        q_turned: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        k_position: Tensor,
+        sinks: Sinks | None,
+    ) -> Tensor:
+        """Attention to the window and the sinks, see `window_attention`; q as it was before it was turned."""
+        window = self.window_size or 1
+        horizon = self.num_sinks + window - 1
+        if sinks is None:
+            pass
         elif self.sink_positions == "cache" and self.position == "rope":
             # A second half of channels, in which queries stand no further than the cache is long; the
             # window's keys are zero there, the sinks' keys zero in the first. So one product gives each score
@@ -379,7 +399,7 @@ class SoftmaxAttention(Mixer):
             k = torch.cat((k, torch.zeros_like(k)), -1)
         elif self.sink_positions == "cache":
             sinks = sinks._replace(horizon=horizon)
-        y = window_attention(
+        return window_attention(
             q_turned,
             k,
             v,
@@ -391,4 +411,30 @@ class SoftmaxAttention(Mixer):
             sinks=sinks,
             bias=self._bias if self.position in ("alibi", "t5") else None,
         )
-        return y, state
+
+    def _shared(
+        self,
+        q: Tensor,
+        q_turned: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        state: KVState | None,
+        windowed: bool,
+        exchange: Exchange,
+    ) -> tuple[Tensor, KVState | None]:
+        """One rank's part of the sequence, its keys and values joined by those of others that it may see."""
+        if not windowed:
+            k, v, k_position, state = all_keys(exchange, k, v, causal=self.causal, state=state)
+            bias = self._bias(position, k_position) if self.position in ("alibi", "t5") else None
+            if state is None:
+                return self._attend(q_turned, k, v, causal=self.causal, bias=bias), None
+            seen = visible(position, k_position, causal=True).unsqueeze(1)
+            return self._attend(q_turned, k, v, mask=seen, bias=bias), state
+        window, length = self.window_size or 1, q.shape[1]
+        options: dict[str, Any] = {"window": window, "num_sinks": self.num_sinks, "causal": self.causal}
+        k, v, k_position, sinks, state = window_keys(exchange, k, v, state=state, **options)
+        edge = 0 if self.causal else window - 1  # without causality keys and queries stand side by side
+        q, q_turned = (F.pad(t, (0, 0, 0, 0, edge, edge)) for t in (q, q_turned))
+        y = self._near(q, q_turned, k, v, F.pad(position, (edge, edge), value=-1), k_position, sinks)
+        return y[:, edge : edge + length], state
