@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import Block
+from .block import Block, BlockOutput
 from .layers.ffn import FFNChoice, create_ffn
 from .layers.norm import create_norm, normalize
 from .layers.positions import create_position
-from .protocol import Mixer, State
+from .protocol import Exchange, Mixer, State, exchanging
 from .registry import create_mixer
 
 MixerChoice = str | dict[str, Any] | type[Mixer] | Callable[..., Mixer]
@@ -54,6 +55,14 @@ def token_positions(
             return positions + torch.repeat_interleave(offset, lengths).unsqueeze(0)
         return positions
     return positions if offset is None else positions + offset.unsqueeze(1)
+
+
+def _run_block(block: nn.Module, exchange: Exchange | None, *inputs: Any, **arguments: Any) -> BlockOutput:
+    """The block; a recomputation in the backward pass meets the exchange of the forward pass."""
+    if exchange is None:
+        return block(*inputs, **arguments)
+    with exchanging(block, exchange):
+        return block(*inputs, **arguments)
 
 
 class Backbone(nn.Module):
@@ -122,6 +131,8 @@ class Backbone(nn.Module):
         )
         self.norm = create_norm(norm, dim, norm_eps) if final_norm else nn.Identity()
         self.grad_checkpointing = False
+
+    exchange: Exchange | None = None  # see `Mixer`
 
     def _blocks(self) -> list[Block]:
         return [b for b in self.blocks if isinstance(b, Block)]
@@ -203,6 +214,8 @@ class Backbone(nn.Module):
         offset = state.position if state is not None else None
         if self.position is not None:
             positions = token_positions(batch, length, mask, cu_seqlens, offset, x.device)
+            if self.exchange is not None:
+                positions = positions + self.exchange.start
             x = x + self.position(positions).to(x.dtype)
         aux: dict[str, Tensor] = {}
         states: list[State] = []
@@ -215,7 +228,9 @@ class Backbone(nn.Module):
                 "state": state.layers[i] if state is not None else None,
             }
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                out = checkpoint(block, x, context, use_reentrant=False, **arguments)
+                out = checkpoint(
+                    partial(_run_block, block, self.exchange), x, context, use_reentrant=False, **arguments
+                )
             else:
                 out = block(x, context, **arguments)
             x = out.y
@@ -234,5 +249,5 @@ class Backbone(nn.Module):
         elif mask is not None:
             seen = mask.sum(1)
         else:
-            seen = torch.full_like(state.position, length)
+            seen = torch.full_like(state.position, length if self.exchange is None else self.exchange.total)
         return BackboneOutput(y, BackboneState(state.position + seen, tuple(states)), aux)

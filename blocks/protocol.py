@@ -7,7 +7,8 @@ H heads, K key width per head, V value width per head, N sequences in a packed r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -311,6 +312,20 @@ class Mixer(nn.Module):
             return tensor
 
         map_state(check, state)
+
+
+@contextmanager
+def exchanging(model: nn.Module, exchange: Exchange) -> Iterator[None]:
+    """Within it every part of `model` that can ask an exchange has this one."""
+    parts = [part for part in model.modules() if hasattr(part, "exchange")]
+    before = [part.exchange for part in parts]
+    try:
+        for part in parts:
+            part.exchange = exchange  # type: ignore[assignment]
+        yield
+    finally:
+        for part, old in zip(parts, before, strict=True):
+            part.exchange = old
 
 
 def map_state(function: Any, *states: StateT) -> StateT:

@@ -128,7 +128,8 @@ class GatedAttention(_Gated):
         u, zr, h = base.split((self.dim, self.z_dim + self.hidden_dim, self.dim), -1)
         z, r = F.silu(zr).split((self.z_dim, self.hidden_dim), -1)
         q, k = (torch.addcmul(shift, z, scale) for shift, scale in zip(self.qk_bias, self.qk_weight, strict=True))
-        o, last = self.attention(q, k, v, lengths=lengths, state=state, return_state=return_state, exchange=exchange)
+        shared = {} if exchange is None else {"exchange": exchange}  # which not every attention can ask
+        o, last = self.attention(q, k, v, lengths=lengths, state=state, return_state=return_state, **shared)
         return self._update(u, h + self.h_proj(o * r), residual), last
 
 

@@ -67,6 +67,16 @@ class SharedSequence:
 
     # --- tokens
 
+    def split(self, x: Tensor) -> Tensor:
+        """Own part of x (B, total, ...), which every rank holds. Raises ValueError for another length."""
+        if x.dim() < 2 or x.shape[1] != self.total:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, {self.total}, ...), the tokens of all ranks")
+        return x[:, self.start : self.start + self.lengths[self.rank]]
+
+    def join(self, x: Tensor) -> Tensor:
+        """The whole sequence (B, total, ...) on every rank, from own part x (B, L, ...)."""
+        return self.everywhere(x)
+
     def gather(self, x: Tensor, spans: Spans) -> Tensor:
         """See `Exchange.gather`. Raises ValueError for spans outside of the sequence."""
         if len(spans) != self.size or any(not 0 <= a <= b <= self.total for part in spans for a, b in part):
