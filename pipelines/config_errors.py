@@ -10,6 +10,7 @@ from .config_files import list_groups
 from .errors import nearest, one_line
 from .overrides import split_override
 
+_MERGING = "Error merging override "
 _COULD_NOT = re.compile(r"Could not override '([^']+)'")
 _ADD = " (use +{key}={value} to add a new one)"
 
@@ -60,6 +61,24 @@ def _unknown_option(missing: str, groups: Mapping[str, Sequence[str]]) -> str:
     return f"no option {option!r} in the group {group!r} ({group}={option}).{nearest(option, groups[group])}"
 
 
+def _merging(word: str, cause: BaseException | None) -> str:
+    """The line for a value of another kind than its default, which Hydra would have merged with it."""
+    prefix, key, value = split_override(word)
+    text = str(cause or "")
+    mixed = "Cannot merge DictConfig with ListConfig" in text  # whichever of them is the default
+    if mixed and "object_type=list" in text:
+        return (
+            f"the default of {key} is a list, a mapping cannot be merged over it: give a list, "
+            f'"{prefix}{key}=[{value}]"'
+        )
+    if mixed:
+        return (
+            f'the default of {key} is a section, a list cannot take its place: give its keys, "{key}={{name: value}}"'
+        )
+    reason = one_line(text.splitlines()[0]) if text else "it does not fit the default"
+    return f"cannot take {word!r}: {reason}"
+
+
 def explain(error: BaseException, overrides: Sequence[str], config_dirs: Sequence[str]) -> str:
     """One line: the cause, the value, the nearest valid choices."""
     from hydra.errors import MissingConfigException, OverrideParseException
@@ -80,6 +99,8 @@ def explain(error: BaseException, overrides: Sequence[str], config_dirs: Sequenc
         for _, key, value in map(split_override, overrides):
             if key in groups and value not in groups[key]:
                 return _unknown_option(f"{key}/{value}", groups)
+    if text.startswith(_MERGING):
+        return _merging(text.removeprefix(_MERGING), error.__cause__)
     found = _COULD_NOT.search(text)
     if found:
         key = found[1].split("@")[0]
