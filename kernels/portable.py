@@ -32,7 +32,9 @@ def from_blocks(x: Tensor, length: int) -> Tensor:
     """(B, n, C, ...) to (B, L, ...)."""
     number, size = x.shape[1:3]
     torch._check(length <= number * size)
-    return x.contiguous().view(x.shape[0], number * size, *x.shape[3:]).narrow(1, 0, length)
+    # A copy in any case: whether one is needed would be a question about sizes.
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(x.shape[0], number * size, *x.shape[3:]).narrow(1, 0, length)
 
 
 def chunk_scan(body: Body, first: Parts, parts: Sequence[Tensor], size: int, given: Parts = ()) -> tuple[Parts, Tensor]:
@@ -65,7 +67,8 @@ def _kept_loop(body: Body, first: Parts, chunks: Sequence[Tensor], given: Parts)
 
     def step(*tensors: Tensor) -> list[Tensor]:
         carried, y = body(tensors[:number], tensors[number:width], tensors[width:])
-        return [t.contiguous().clone() for t in (*carried, y)]  # no output may be a view
+        # no output may be a view
+        return [t.clone(memory_format=torch.contiguous_format) for t in (*carried, y)]
 
     *carried, ys = scan_op(step, [t.clone() for t in first], [*chunks], given)
     return tuple(carried), ys

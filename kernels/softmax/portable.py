@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..portable import delayed, from_blocks, to_blocks
+from ..portable import from_blocks, to_blocks
 from .sdpa import softmax_sdpa
+
+BLOCK = 64  # blocks are of multiples of it
 
 
 def softmax_portable(
@@ -30,7 +33,7 @@ def softmax_portable(
     before, after = window[0], 0 if causal else window[1]
     length, source = q.shape[1], k.shape[1]
     keys = None if mask is None else mask.reshape(mask.shape[0] if mask.dim() == 4 else 1, mask.shape[-1])
-    size = max(before, after, 1)
+    size = -(-max(before, after, 1) // BLOCK) * BLOCK
     # A few blocks are one dense product; so is what follows keys of a cache.
     if (isinstance(length, int) and length <= 2 * size) or length != source:
         return _dense(q, k, v, keys, before, after, scale, drop)
@@ -62,16 +65,21 @@ def _in_blocks(
     batch, length = q.shape[:2]
     real = q.new_ones(1, length) if keys is None else keys.to(q.dtype)
     real = real.expand(batch, -1)
-    own = [to_blocks(t, size) for t in (k, v, real)]
-    parts = [[delayed(t, 1), t] for t in own]
-    if after:
-        for part, t in zip(parts, own, strict=True):
-            part.append(delayed(t.flip(1), 1).flip(1))
-    k, v, real = (torch.cat(part, 2).flatten(0, 1) for part in parts)
+    blocks = to_blocks(q, size)
+    number = blocks.shape[1]
+
+    def around(x: Tensor) -> Tensor:
+        """(B, L, ...) to (B n, 2 C or 3 C, ...): with a block of zeros before the first and, to look ahead, behind."""
+        end = number * size - length + (size if after else 0)
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (size, end))
+        parts = [x.narrow(1, j * size, number * size) for j in range(3 if after else 2)]
+        parts = [part.reshape(batch, number, size, *x.shape[2:]) for part in parts]
+        return torch.cat(parts, 2).flatten(0, 1)
+
+    k, v, real = around(k), around(v), around(real)
     place = torch.arange(size, device=q.device)
     distance = place.unsqueeze(1) + size - torch.arange(k.shape[1], device=q.device)
     seen = (distance <= before) & (distance >= -after) & (real > 0).unsqueeze(1)
-    blocks = to_blocks(q, size)
     y = softmax_sdpa(
         blocks.flatten(0, 1),
         k,
@@ -83,4 +91,4 @@ def _in_blocks(
         scale=scale,
         drop=drop,
     )
-    return from_blocks(y.unflatten(0, (batch, blocks.shape[1])), length)
+    return from_blocks(y.unflatten(0, (batch, number)), length)
