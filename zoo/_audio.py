@@ -106,9 +106,10 @@ class AudioEncoder(nn.Module):
     def encode(self, features: Tensor, lengths: Tensor | None = None, *, start: Tensor | int = 0) -> AudioOutput:
         """features: (B, L, F). lengths: int64 (B,), tokens of each row, None when all are real. start: int64 (B,) or a
         number, tokens before the first, where the rows are parts of recordings."""
+        ragged = lengths is not None
         if lengths is None:
             lengths = torch.full(features.shape[:1], features.shape[1], dtype=torch.int64, device=features.device)
-        return self._encode(features, lengths, None, start)
+        return self._encode(features, lengths, None, start, ragged=ragged)
 
     def forward(
         self, samples: Tensor, lengths: Tensor | None = None, *, state: AudioState | None = None
@@ -117,7 +118,7 @@ class AudioEncoder(nn.Module):
         when all are. state: of the pieces before."""
         if state is None:
             out = self.features(samples, lengths)
-            return self.encode(out.features, out.lengths)
+            return self.encode(out.features, None if lengths is None else out.lengths)
         out = self.front_end(samples, lengths=lengths, state=state.front)
         return self._encode(out.features, out.lengths, state._replace(front=out.state), state.given)
 
@@ -151,10 +152,19 @@ class AudioEncoder(nn.Module):
             return "a mixer has no state"
         return "the norm of the front end takes statistics of whole recordings"
 
-    def _encode(self, features: Tensor, lengths: Tensor, state: AudioState | None, start: Tensor | int) -> AudioOutput:
+    def _encode(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        state: AudioState | None,
+        start: Tensor | int,
+        *,
+        ragged: bool = True,
+    ) -> AudioOutput:
+        """ragged: False where all tokens of all rows are known to be real."""
         x = self.drop(self.proj(features.to(self.proj.weight.dtype)))
         mask = None
-        if bool((lengths < x.shape[1]).any()):
+        if ragged and bool((lengths < x.shape[1]).any()):
             mask = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
         if self.time_encoding is not None:
             x = self.time_encoding(x, mask=mask, start=start)

@@ -81,10 +81,10 @@ class AudioClassifier(_AudioModel):
         """samples: floating (B, T). lengths: int64 (B,), real samples of each row; None when all are. Returns logits
         in y; neither pads nor other rows change them."""
         out = self.encoder.features(samples, lengths)
-        return self.classify(out.features, out.lengths)
+        return self.classify(out.features, None if lengths is None else out.lengths)
 
-    def classify(self, features: Tensor, lengths: Tensor) -> AudioOutput:
-        """Logits (B, num_classes) from the features of `encoder.features`."""
+    def classify(self, features: Tensor, lengths: Tensor | None = None) -> AudioOutput:
+        """Logits (B, num_classes) from the features of `encoder.features`. lengths: None where all are real."""
         out = self.encoder.encode(features, lengths)
         y = out.y.float() if out.y.dtype in (torch.bfloat16, torch.float16) else out.y
         mask = torch.arange(y.shape[1], device=y.device) < out.lengths.unsqueeze(1)

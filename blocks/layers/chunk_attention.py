@@ -213,8 +213,11 @@ class ChunkAttention(nn.Module):
         rows, length = q.shape[:2]
         if length == 0:
             return q.new_zeros(rows, 0, v.shape[2])
-        chunk = length if self.chunk_size is None else min(self.chunk_size, length)
-        groups = -(-length // chunk)
+        if self.chunk_size is None:
+            chunk, groups = length, 1
+        else:  # of a length that is not known, as in an export, every chunk is a whole one
+            chunk = min(self.chunk_size, length) if isinstance(length, int) else self.chunk_size
+            groups = (length + chunk - 1) // chunk
         bias = self.bias(chunk, chunk)
         place = torch.arange(1, chunk + 1, device=q.device)
         visible: Tensor | None = None

@@ -144,7 +144,9 @@ class VectorQuantizer(nn.Module):
     def _nearest(self, x: Tensor, book: Tensor) -> Tensor:
         """int64 (H, T): the nearest codeword of each x (H, T, K), the first of equals."""
         half = book.square().sum(-1).unsqueeze(1) * 0.5
-        parts = [torch.baddbmm(half, part, book.mT, alpha=-1).argmin(-1) for part in x.split(TOKENS, 1)]
+        # The number of pieces would be a part of an exported program.
+        pieces = (x,) if torch.compiler.is_exporting() else x.split(TOKENS, 1)
+        parts = [torch.baddbmm(half, part, book.mT, alpha=-1).argmin(-1) for part in pieces]
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def _update(self, x: Tensor, valid: Tensor | None, code: Tensor) -> Tensor | None:
