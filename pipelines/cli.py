@@ -57,6 +57,10 @@ def _dispatch(arguments: list[str]) -> int:
         from .convert_command import main as convert_checkpoint
 
         return convert_checkpoint(rest)
+    if word == "export":
+        from .export_command import main as export_program
+
+        return export_program(rest)
     if word == "ship":
         from .ship import main as ship_run
 

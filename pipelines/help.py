@@ -23,6 +23,7 @@ LISTINGS = {
 TOOLS = {
     "ship": "make the model of a run folder part of the package: weights, record, card: RUN MODEL.TAG license=...",
     "convert": "a public checkpoint of transformers or timm into a folder that load_model reads: SOURCE TARGET",
+    "export": "a model as a program that runs without seqzoo (torch.export, ONNX): SOURCE TARGET format=onnx",
     "tokenizer": "train a byte-level BPE on text files: path=books/ output=bpe.json vocab_size=4096",
     "lra": "our runs on Long Range Arena with their settings, and the published table below: runs=runs",
 }

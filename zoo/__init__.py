@@ -3,6 +3,8 @@
 if not __name__.startswith("seqzoo."):
     raise ImportError("import seqzoo.zoo, not zoo")
 
+from ._export import export_model
+from ._exported import save_exported
 from ._factory import create_model
 from ._features import FeatureExtractor, FeatureInfo, ZooModel
 from ._files import read_config
@@ -25,6 +27,7 @@ __all__ = [
     "Weights",
     "ZooModel",
     "create_model",
+    "export_model",
     "generate",
     "generate_tokens",
     "list_models",
@@ -35,6 +38,7 @@ __all__ = [
     "read_config",
     "register_model",
     "register_weights",
+    "save_exported",
     "save_model",
     "weights_info",
 ]

@@ -27,6 +27,8 @@ _NO_LENGTH = {
 }
 # Longer than any chunk of the portable forms, so that their loops are in the program, and no multiple of one.
 _GENERIC = {"tokens": 150, "samples": 40_123, "frame features": 75, "frames": 13}
+# Rows of the example where their number is free: what is equal to another size by chance would be taken for it.
+ROWS = 5
 _PERFORMANCE = re.compile(r"for expression Ne\(")
 
 Length = int | Literal["dynamic"] | None
@@ -128,12 +130,11 @@ def export_model(
 def _export(
     model: nn.Module, length: Length, batch: Batch, example: tuple[Any, ...] | None
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    rows = 2 if batch == "dynamic" else batch  # no size of a program may be 1 by chance
+    rows = ROWS if batch == "dynamic" else batch
     inputs = example or _inputs(model, length, rows)
     inputs, absent = without_empty(inputs)
     plain = PlainModel(model, absent).eval()
     with torch.no_grad():
-        plain(*inputs)
         shapes = _shapes(model, inputs, length == "dynamic", batch == "dynamic")
         if shapes is None:
             return _run(plain, inputs, None, model), plain.names
