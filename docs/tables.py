@@ -129,6 +129,41 @@ def models() -> str:
     return markdown(rows)
 
 
+def weights() -> str:
+    """A row for every set of weights that ships: what it is for, its size, its score beside the best baseline."""
+    from seqzoo.zoo import list_models, weights_info
+    from seqzoo.zoo._weights import LOWER_IS_BETTER
+
+    rows = []
+    for name in list_models(pretrained=True):
+        record = weights_info(name)
+        if not (ROOT / "zoo" / "weights" / name).is_dir():
+            continue
+        metric, own = record.metric, record.results[0]
+        others = [row for row in record.results if row.get(metric) is not None and not _same(row, own, record.model)]
+        sign = 1 if LOWER_IS_BETTER.search(metric) else -1
+        best = min(others, key=lambda row: sign * row[metric])
+        size = (ROOT / "zoo" / "weights" / name / "model.safetensors").stat().st_size
+        rows.append(
+            {
+                "weights": f"[`{name}`](model_cards/{name}.md)",
+                "for": record.purpose,
+                "parameters": record.num_parameters,
+                "MB": f"{size / 1e6:.1f}",
+                "trained on": record.data,
+                "licence": record.license,
+                "score": f"{metric} {cell(float(own[metric]))}",
+                "best baseline": f"{cell(float(best[metric]))} ({best['method']})",
+            }
+        )
+    return markdown(rows) if rows else "None yet."
+
+
+def _same(row: dict[str, Any], own: dict[str, Any], model: str) -> bool:
+    """Whether a row is of the model itself: a test may have several of it."""
+    return row is own or str(row["method"]).startswith(model)
+
+
 def bars(name: str, command: str) -> str:
     """The cases of benchmarks/results/<name>.json that a bar was set for: ours, the peer, their ratio."""
     path = RESULTS / f"{name}.json"
@@ -191,6 +226,7 @@ def results() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "mixers": mixers,
     "models": models,
+    "weights": weights,
     "cpu": lambda: bars("cpu", "python benchmarks/cpu.py"),
     "gpu": lambda: bars("gpu", "bash benchmarks/gpu.sh"),
     "results": results,

@@ -1,12 +1,13 @@
 """Real series of many kinds in one table, to train a forecaster that knows none of yours.
 
-    pip install pvlib statsmodels vega-datasets
+    pip install pvlib statsmodels vega-datasets bokeh-sampledata river
     python examples/forecast_corpus.py corpus.parquet
     lightning fit experiment=forecasting/zero_shot data.path=corpus.parquet
 
 Weather of two stations (pvlib), two cities and a day by day record (vega-datasets), electricity demand and carbon
-dioxide (statsmodels), by the hour, day or week, each also as means of 2, 3, 4, 6, 12 and 24 steps where that leaves
-enough. The packages are not imported, their files are read. Time stamps count steps: a step is called an hour.
+dioxide (statsmodels), the sea's temperature, glucose in blood and shares (bokeh-sampledata), oil and a water main
+(river), from minutes to weeks, each also as means of 2, 3, 4, 6, 12 and 24 steps where that leaves enough. The packages
+are not imported, their files are read. Time stamps count steps: a step is called an hour.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def folder(package: str) -> Path:
     """Where an installed package lies; exits saying what to install."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"the package {package} is not installed: pip install pvlib statsmodels vega-datasets")
+        sys.exit(f"the package {package} is not installed, see the first lines of this file")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -55,6 +56,14 @@ def read_series() -> dict[str, np.ndarray]:
     found["victoria_demand"] = pd.read_csv(models / "tsa/stl/tests/results/mstl_elec_vic.csv").iloc[:, 1].to_numpy()
     co2 = pd.read_csv(models / "datasets/co2/co2.csv")["co2"]
     found["mauna_loa_co2"] = co2.interpolate().bfill().to_numpy()
+    bokeh = folder("bokeh_sampledata") / "_data"
+    found["maine_sea_temperature"] = pd.read_csv(bokeh / "sea_surface_temperature.csv.gz")["temperature (celsius)"]
+    found["glucose"] = pd.read_csv(bokeh / "CGM.csv.gz")["glucose"]
+    for ticker, days in pd.read_csv(bokeh / "stocks.csv.gz").groupby("Ticker"):
+        found[f"share_{ticker}"] = np.log(days["Adj Close"])
+    water = folder("river")
+    found["brent_oil"] = np.log(pd.read_csv(water / "drift/datasets/brent_crude_oil.csv")["DPB"])
+    found["water_main"] = pd.read_csv(water / "datasets/water-flow.csv")["Water flow [l/s]"].interpolate()
     return {name: np.asarray(values, np.float64) for name, values in found.items()}
 
 

@@ -115,7 +115,10 @@ def _write_state(model: nn.Module, path: Path, dtype: str | None) -> str:
         state[key] = value.contiguous().clone()
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777  # by the umask; safetensors makes files for their owner alone
         save_file(state, str(temporary))
+        temporary.chmod(mode)
         digest = file_sha256(temporary)
         os.replace(temporary, path)
     except SafetensorError as error:  # an OSError inside becomes this

@@ -374,3 +374,15 @@ def test_a_full_disk_leaves_the_old_model_whole(saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no space left on the disk"):
         save_model(create_model("patch_tiny", seq_len=48, pred_len=12, in_channels=2), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_the_files_of_a_saved_model_are_as_open_as_the_umask_lets_them(tmp_path):
+    old = os.umask(0o027)
+    try:
+        save_model(create_model("gla_tiny", dim=16, depth=1), tmp_path / "model")
+    finally:
+        os.umask(old)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "model").iterdir()} == dict.fromkeys(
+        ("config.json", "model.safetensors", "README.md"), "0o640"
+    )
