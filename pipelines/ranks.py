@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..blocks.layers.ranks import num_ranks, share_batch_norms
 from .errors import UserError
@@ -52,6 +53,13 @@ class RankedModule(L.LightningModule):
         if isinstance(trainer.strategy, ShardedStrategy) and not trainer.strategy.sharded:
             shard(self, trainer.strategy.device_mesh["data_parallel"])
             trainer.strategy.sharded = True
+
+    def on_fit_start(self) -> None:
+        """Buffers are the same in all processes, sums over them all. DDP would send them before every forward pass, in
+        an evaluation too, where processes have different numbers of batches and would wait for ever."""
+        model = self.trainer.strategy.model
+        if isinstance(model, DistributedDataParallel):
+            model.broadcast_buffers = False
 
     def on_validation_start(self) -> None:
         """Processes have different numbers of batches: none may wait there for the weights that another holds."""

@@ -43,7 +43,7 @@ class VectorQuantizer(nn.Module):
 
     codebook_size: M. head_dim: K. num_heads: H, a codebook each. decay: of the averages.
     reduction: of one step's sums and counts over the processes of torch.distributed, where it is initialised: "sum"
-        (as published), "mean", or "none", with which codebooks differ (DDP then broadcasts those of rank 0).
+        (as published), "mean", or "none", with which codebooks differ (those of rank 0 are saved).
     kmeans_init: the codewords start as `kmeans_steps` rounds of k-means over the first training batch.
     threshold_ema_dead_code: a codeword with a smaller count is moved to a vector of the batch, its count to 1; 0: none.
 
