@@ -62,9 +62,8 @@ def _report(folder: Path, name: str) -> None:
     if found is None:
         print("not compared with the model: pip install onnxruntime")
     else:
-        print(
-            f"its outputs differ from the model's by {found:.2g} at most; {folder / 'README.md'} has the lines to run it"
-        )
+        print(f"its outputs differ from the model's by {found:.2g} at most")
+    print(f"{folder / 'README.md'} has the lines that run it")
 
 
 def _parse(arguments: Sequence[str]) -> tuple[tuple[str, str], dict[str, str]]:

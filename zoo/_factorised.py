@@ -67,7 +67,7 @@ class FactorisedBackbone(nn.Module):
         """x: (B, L, D) with L the product of the grid (T, h, w). mask: bool (B, T), True = real frame. Returns y of x's
         shape, zero at pads, and auxiliary losses by name."""
         steps, height, width = grid
-        batch, places = len(x), height * width
+        batch, places = x.shape[0], height * width
         x = x.unflatten(1, (steps, places))
         rows = None if mask is None else mask.repeat_interleave(places, 0)
         aux: dict[str, Tensor] = {}
@@ -76,7 +76,7 @@ class FactorisedBackbone(nn.Module):
             out = self._run(across, lines, mask=rows)
             x = out.y.unflatten(0, (batch, places)).transpose(1, 2)
             pictures = x.flatten(0, 1) if mask is None else x[mask]
-            if len(pictures):
+            if pictures.shape[0]:
                 inner = self._run(within, pictures, grid=(height, width))
                 new = inner.y
                 x = (

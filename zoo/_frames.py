@@ -133,7 +133,10 @@ class TimmFrames(FrameEncoder):
     def forward(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         _check_pictures(frames)
         real = frames.flatten(0, 1) if mask is None else frames[mask]
-        parts = [self._encode(part) for part in real.split(self.frame_batch)] if len(real) else []
+        if torch.compiler.is_exporting():  # the number of parts would be a part of the program
+            parts = [self._encode(real)]
+        else:
+            parts = [self._encode(part) for part in real.split(self.frame_batch)] if len(real) else []
         found = torch.cat(parts) if parts else self.mean.new_zeros(0, 1, 1, self.dim)
         if mask is None:
             return found.unflatten(0, frames.shape[:2])

@@ -159,7 +159,7 @@ class VideoEncoder(nn.Module):
             x = x.masked_fill(~mask[:, :, None, None, None], 0)
         x = self.drop(self.proj(self.input_norm(x.to(self.proj.weight.dtype))))
         if self.position is not None:
-            place = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+            place = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
             if mask is not None:
                 place = (mask.long().cumsum(1) - 1).clamp_min(0)
             x = x + self.position(place).to(x.dtype)[:, :, None, None]

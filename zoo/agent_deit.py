@@ -98,7 +98,7 @@ class AgentDeiT(ImageClassifier):
                 "img_size is chosen when the model is built"
             )
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1).to(x.dtype), x), 1) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x), 1) + self.pos_embed
         return self.backbone(self.pos_drop(x), grid=self.grid).y[:, 0]
 
 

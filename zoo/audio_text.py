@@ -99,6 +99,8 @@ class AudioTextModel(AudioZooModel):
         """samples: floating (B, T) in [-1, 1]. lengths: int64 (B,), real samples of each row, at least 1; None when all
         are. Neither pads nor other rows change a row's vectors."""
         out = self.encoder.features(samples, lengths)
+        if lengths is None and torch.compiler.is_exporting():
+            return self._encode_whole(out.features)
         return self.encode(out.features, out.lengths)
 
     def encode(self, features: Tensor, lengths: Tensor) -> ClipOutput:
@@ -144,6 +146,33 @@ class AudioTextModel(AudioZooModel):
 
     def _run_trunk(self, *args: Any, **arguments: Any) -> Any:
         return self(*args, **arguments)  # with context="clip" what is heard are clips
+
+    def _encode_whole(self, features: Tensor) -> ClipOutput:
+        """`encode` of rows whose tokens are all real, with every clip's size in the program. Raises ValueError for a
+        length that is not known."""
+        number = features.shape[1]
+        if not isinstance(number, int):
+            raise ValueError("the number of clips follows from the length: it must be known, length=<samples>")
+        sizes = self._clip_sizes(number)
+        if self.context == "recording":
+            out = self.encoder.encode(features)
+            parts = out.y.split(sizes, 1)
+        else:
+            outs = [self.encoder.encode(part) for part in features.split(sizes, 1)]
+            out, parts = outs[0], [o.y for o in outs]
+        wide = torch.promote_types(out.y.dtype, torch.float32)
+        mean = torch.stack([part.to(wide).mean(1) for part in parts], 1)
+        mask = torch.ones(features.shape[0], len(sizes), dtype=torch.bool, device=features.device)
+        return ClipOutput(self.audio_proj(self.drop(mean)), mask, out.aux)
+
+    def _clip_sizes(self, number: int) -> list[int]:
+        """Tokens of each clip of a recording of `number` tokens: `_clip_of` in whole numbers."""
+        front = self.encoder.front_end
+        clips = [(2 * token * front.hop_length + front.frame_length) // (2 * self._clip) for token in range(number)]
+        begin = clips.index(clips[-1])
+        if 2 * (number - begin) * front.hop_length < self._clip and clips[-1] > 0:
+            clips[begin:] = [clips[-1] - 1] * (number - begin)
+        return [clips.count(clip) for clip in range(clips[-1] + 1)]
 
     def _clip_of(self, number: int, lengths: Tensor) -> Tensor:
         """The clip of each token, int64 (B, number); what lies beyond a row's has its last clip."""

@@ -164,7 +164,7 @@ class VideoGrounder(_VideoModel):
     ) -> VideoOutput:
         """frames, mask, times: as of `VideoClassifier.forward`. query: floating (B, query_dim). Returns logits in y
         (B, T) and boundaries (B, T, 2), start and end, all 0 at pads; neither pads nor other rows change the rest."""
-        if query.dim() != 2 or query.shape != (len(frames), self.query_dim):
+        if query.dim() != 2 or query.shape != (frames.shape[0], self.query_dim):
             raise ValueError(f"query has shape {tuple(query.shape)}, expected ({len(frames)}, {self.query_dim})")
         tokens = self.encoder.embed(frames, mask=mask, times=times)
         q = self.query_proj(query.to(self.query_proj.weight.dtype)).unsqueeze(1)

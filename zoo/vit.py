@@ -123,7 +123,7 @@ class VisionTransformer(ImageClassifier):
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
         if not self.position_prefix:
             x = x + self.pos_embed
-        prefix = [t.expand(len(x), -1, -1).to(x.dtype) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = [t.expand(x.shape[0], -1, -1).to(x.dtype) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat((*prefix, x), 1)
         if self.position_prefix:
             x = x + self.pos_embed

@@ -187,8 +187,8 @@ class FrontEnd(nn.Module):
 
     def _features(self, samples: Tensor, number: Tensor, *, ragged: bool) -> Tensor:
         """The first frames of each row, number int64 (B,) of them; ragged: these may differ."""
-        longest = int(number.max()) if ragged and len(number) else self.num_frames(samples.shape[1])
-        if not longest or not len(number):
+        longest = int(number.max()) if ragged and number.shape[0] else self.num_frames(samples.shape[1])
+        if longest == 0 or number.shape[0] == 0:
             return samples.new_zeros(samples.shape[0], longest, self.dim)
         needed = (longest - 1) * self.hop_length + self.frame_length
         features = self.frames(nn.functional.pad(samples, (0, needed - samples.shape[1])))

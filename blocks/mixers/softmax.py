@@ -317,7 +317,8 @@ class SoftmaxAttention(Mixer):
         if self.exchange is not None:
             windowed = span > 0 and (state is not None or self.exchange.total > span)
             return self._shared(q, q_turned, k, v, place, state, windowed, self.exchange)
-        if span and (state is not None or q.shape[1] > span):
+        length = q.shape[1]  # where it is not known, as in an export, the window is always there
+        if span and (state is not None or not isinstance(length, int) or length > span):
             return self._windowed(q, q_turned, k, v, position, state)
         return self._full(q_turned, k, v, position, valid, state)
 

@@ -42,7 +42,7 @@ def route(q: Tensor, k: Tensor, number: int, *, exists: Tensor | None = None, be
         wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
         q, k = q.to(wide).transpose(1, 2), k.to(wide).permute(0, 2, 3, 1)  # (B, Hr, G, K), (B, Hr, K, R)
         batch, heads, groups, blocks = *q.shape[:3], k.shape[3]
-        if not isinstance(blocks, int):  # exported for any length: fewer blocks than `number` are filled up
+        if torch.compiler.is_exporting():  # at once, whatever the sizes are
             return _largest_of_any(q @ k, number, exists, before)
         number = min(number, blocks)
         if number == 0 or groups == 0:

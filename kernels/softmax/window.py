@@ -72,7 +72,7 @@ def cut(length: int, window_size: int, before: int, causal: bool) -> Blocks:
     # Half a window: shorter blocks copy each key more often, longer ones score more keys outside of the
     # window.
     size = max(window_size // 2, MIN_BLOCK)
-    if length <= size:
+    if not isinstance(length, int) or length <= size:  # one block too for what is exported for any length
         return Blocks(length, 1, before, 0)
     reach = -(-(window_size - 1) // size) * size
     return Blocks(size, -(-length // size), reach, 0 if causal else reach)
