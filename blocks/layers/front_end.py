@@ -153,6 +153,8 @@ class FrontEnd(nn.Module):
             frames = (samples - self.frame_length + spare) // self.hop_length + 1
             return torch.where(samples > 0, frames.clamp_min(least), 0)
         number = (samples - self.frame_length + spare) // self.hop_length + 1
+        if not isinstance(samples, int):  # not known while a model is exported for any length
+            return torch.sym_max(number, least)
         return max(number, least) if samples > 0 else 0
 
     def times(self, number: int, *, start: int = 0) -> Tensor:
