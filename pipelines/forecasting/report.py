@@ -134,7 +134,7 @@ def _example(
         "truth": truth,
         "forecasts": point[row].numpy(),
         "intervals": _intervals(one),
-        "channels": targets,
+        "channels": [table.unique_ids[series]] if data.any_series else targets,
         "history_times": np.asarray(table.times[past]).astype("datetime64[ns]"),
         "future_times": future_times(last, table.freq, steps).astype("datetime64[ns]"),
     }
