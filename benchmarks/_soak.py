@@ -29,8 +29,8 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "forecasting/weather, two workers": (
         "experiment=forecasting/weather",
-        *("mixer=long_vq", "mixer.num_heads=1", "model.dim=16", "model.depth=1", "data.steps=30", "data.batch_size=8"),
-        *("mixer.codebook_size=8", "trainer.max_epochs=4", "data.num_workers=2", "trainer.limit_val_batches=2"),
+        *("mixer=gla", "mixer.num_heads=2", "model.dim=16", "model.depth=1", "data.steps=30", "data.batch_size=8"),
+        *("trainer.max_epochs=4", "data.num_workers=2", "trainer.limit_val_batches=2"),
         *("trainer.limit_test_batches=2", "callbacks.checkpoint.every_n_train_steps=10"),
     ),
     "text/stdlib_bytes": (
@@ -75,12 +75,69 @@ def environment(data: str | None = None) -> dict[str, str]:
     return {**found, "SEQZOO_DATA": data} if data else found
 
 
-def start(case: str, runs: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+class Forked:
+    """`lightning ...` in a child of this process, which has the libraries imported: what takes longest is done once."""
+
+    def __init__(self, words: list[str], said: Path, env: dict[str, str]) -> None:
+        import seqzoo.pipelines.cli
+        import seqzoo.pipelines.launcher
+        import seqzoo.pipelines.pictures
+        import seqzoo.pipelines.run
+
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                with open(said, "ab", buffering=0) as file:
+                    os.dup2(file.fileno(), 1)
+                    os.dup2(file.fileno(), 2)
+                os.environ.update(env)
+                sys.argv[1:] = words
+                status = seqzoo.pipelines.cli.main(words)
+                sys.stdout.flush()
+            finally:
+                os._exit(status)
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+        if self.returncode is None:
+            process, status = os.waitpid(self.pid, os.WNOHANG)
+            if process:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        while (status := self.poll()) is None:
+            time.sleep(0.05)
+        return status
+
+    def send_signal(self, signum: int) -> None:
+        """Send it, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+
+Process = subprocess.Popen[bytes] | Forked
+
+
+def start(
+    case: str,
+    runs: Path,
+    *words: str,
+    common: tuple[str, ...] = COMMON,
+    env: dict[str, str] | None = None,
+    fresh: bool = True,
+) -> Process:
     """`lightning fit` of a case in a process of its own; what it says goes to <runs>/said.txt."""
     runs.mkdir(parents=True, exist_ok=True)
-    line = [sys.executable, "-P", "-m", "seqzoo", "fit", *CASES[case], *COMMON, f"paths.runs={runs}", *words]
+    line = ["fit", *CASES[case], *common, f"paths.runs={runs}", *words]
+    if not fresh:
+        return Forked(line, runs / "said.txt", env or environment())
     with open(runs / "said.txt", "ab") as said:
-        return subprocess.Popen(line, env=env or environment(), stdout=said, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-P", "-m", "seqzoo", *line]
+        return subprocess.Popen(command, env=env or environment(), stdout=said, stderr=subprocess.STDOUT)
 
 
 def run_folder(runs: Path) -> Path | None:
@@ -104,29 +161,37 @@ def steps_saved(run: Path | None) -> int:
     return int(torch.load(path, weights_only=True)["global_step"]) if path and path.is_file() else 0
 
 
-def kill_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """kill -9 after so many seconds; False where the process was through before."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
+def kill_at(process: Process, runs: Path, step: int, delay: float) -> bool:
+    """kill -9 `delay` seconds after the newest run has logged a step; False where the process was through before."""
+    before = run_folder(runs)
+    while process.poll() is None:
+        run = run_folder(runs)
+        if run != before and steps_logged(run) >= step:
+            time.sleep(delay)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return True
+        time.sleep(0.02)
     return False
 
 
-def kill_in_writing(process: subprocess.Popen[bytes], runs: Path, number: int) -> bool:
-    """kill -9 while the checkpoint of this number is being written: as soon as its temporary file is seen."""
-    seen: set[str] = set()
+def kill_in_writing(process: Process, runs: Path, number: int) -> bool:
+    """kill -9 while a checkpoint is being written, this many or later: as soon as its temporary file is seen."""
+    before, seen = run_folder(runs), set()
     while process.poll() is None:
-        for folder in runs.glob("*/*/checkpoints"):
-            for entry in os.scandir(folder):
-                if entry.name.endswith(".tmp"):
-                    seen.add(entry.name)
-                    if len(seen) >= number:
-                        process.send_signal(signal.SIGKILL)
-                        process.wait()
-                        return True
+        run = run_folder(runs)
+        if run != before and run is not None and (run / "checkpoints").is_dir():
+            break
+        time.sleep(0.02)
+    while process.poll() is None:
+        for entry in os.scandir(run / "checkpoints"):  # type: ignore[operator]
+            if entry.name.endswith(".tmp"):
+                seen.add(entry.name)
+                if len(seen) >= number:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    return True
         time.sleep(0.0002)
     return False
 

@@ -357,6 +357,9 @@ class LastCheckpoint(SafeModelCheckpoint):
             self._place = ""
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        begun = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
+        if self._place == "after training" or (self._place == "between batches" and not begun):
+            checkpoint["epoch"] -= 1  # that of the last step, as in a checkpoint of the end of an epoch
         if self._place == "between batches":
             resume.between_batches(trainer, checkpoint["loops"])
         elif self._place == "within a validation":

@@ -5,6 +5,10 @@ An item is a number: a window of a table, a row of a text corpus.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +18,12 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from . import stopping
+
+log = logging.getLogger("seqzoo")
+
 _WINDOW = 50  # batches within which items are sorted by length
+_RESTARTS = 3  # of dead workers, without a batch in between
 
 
 class IndexSampler(DistributedSampler[Any]):
@@ -138,7 +147,8 @@ class NumberSampler(IndexSampler):
 class ResumableLoader(DataLoader[Any]):
     """A DataLoader over an `IndexSampler` that knows its position: training resumes within an epoch.
 
-    before_batch: called when the next batch is asked for, before anything is drawn or read for it.
+    before_batch: called when the next batch is asked for, before anything is drawn or read for it. Workers that die,
+    for want of memory perhaps, are started again at the same batch, three times; an error within one is raised as ever.
     """
 
     before_batch: Callable[[], None] | None = None
@@ -150,7 +160,7 @@ class ResumableLoader(DataLoader[Any]):
             yield from super().__iter__()
             return
         self._taken = sampler.position
-        batches = None
+        batches, restarts = None, 0
         while True:
             if self.before_batch is not None and self._taken < len(sampler):
                 self.before_batch()
@@ -160,6 +170,14 @@ class ResumableLoader(DataLoader[Any]):
                 batch = next(batches)
             except StopIteration:
                 return
+            except (RuntimeError, OSError, EOFError) as error:
+                restarts += 1
+                if not (self.num_workers and _worker_died(error)) or stopping.asked() or restarts > _RESTARTS:
+                    raise
+                log.warning("a data worker died (%s): all start again at batch %d", error, self._taken)
+                self._iterator, sampler.position, batches = None, self._taken, None
+                continue
+            restarts = 0
             self._taken += 1
             yield batch
 
@@ -167,7 +185,7 @@ class ResumableLoader(DataLoader[Any]):
         # The base class draws a seed for its workers when an epoch begins; one that is gone on with has drawn it.
         begun = sampler.position > 0
         if self.num_workers or self.pin_memory or self.batch_size is not None:
-            with torch.random.fork_rng(devices=[], enabled=begun):
+            with torch.random.fork_rng(devices=[], enabled=begun), _handler_kept("SIGCHLD"):
                 batches = super().__iter__()
             yield from batches
             return
@@ -221,6 +239,28 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 def identity(batch: dict[str, Any]) -> dict[str, Any]:
     """The collate function of datasets whose items are batches already."""
     return batch
+
+
+def _worker_died(error: Exception) -> bool:
+    """Whether a worker is gone, as torch says or because what it has sent can no longer be fetched from it; an error
+    within one is not."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return isinstance(error, (ConnectionError, EOFError)) and not str(error).startswith("Caught ")
+
+
+@contextlib.contextmanager
+def _handler_kept(name: str) -> Iterator[None]:
+    """Keep a signal's handler: torch sets one by which the death of a worker is an error wherever this process is, in
+    the middle of a step too. Without it the batch that the worker owes says so, seconds later."""
+    number = getattr(signal, name, None)
+    main = number is not None and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(number) if main else None
+    try:
+        yield
+    finally:
+        if main and before is not None:
+            signal.signal(number, before)
 
 
 def _process() -> tuple[int, int]:

@@ -25,6 +25,7 @@ from seqzoo.pipelines import checkpoints, stopping
 from seqzoo.pipelines import run as running
 from seqzoo.pipelines.checkpoints import load_checkpoint
 from seqzoo.pipelines.cli import main
+from seqzoo.pipelines.loading import IndexSampler, ResumableLoader, loader_options
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COMMON = [
@@ -131,26 +132,69 @@ class Watch:
             self.copies[moment] = shutil.copytree(self.folder, self.folder.with_name(moment.replace(" ", "")))
 
 
-def check_kills(
-    tmp_path: Path, words: list[str], moments: list[str], differences: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kill at each moment, go on, and compare everything with the run that was not killed."""
-    whole = tmp_path / "whole"
-    with monkeypatch.context() as patch:
-        watch = Watch(whole, moments, patch)
-        assert fit(whole, *words, action=watch) == 0
+def watched(folder: Path, words: list[str], moments: list[str]) -> dict[str, Path]:
+    """A run that nothing stops; the copies of its folder by moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(folder, moments, patch)
+        assert fit(folder, *words, action=watch) == 0
     assert list(watch.copies) == moments
-    for moment, copy in watch.copies.items():
-        rest = tmp_path / "rest"
-        assert fit(rest, *words, f"ckpt_path={copy}/checkpoints/last.ckpt") == 0
-        assert differences(whole, rest) == [], moment
-        shutil.rmtree(rest)
+    return watch.copies
 
 
-def test_kills_at_any_moment(waves: Path, tmp_path: Path, differences: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within an epoch, at the step of a checkpoint, within its writing, in a validation, at the end of all."""
-    moments = ["step 5", "step 8", "validation 12", "write 7", "step 17", "end"]
-    check_kills(tmp_path, [*WAVES, f"data.path={waves}"], moments, differences, monkeypatch)
+@pytest.fixture(scope="module")
+def kills(waves: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Killed within an epoch, half-way in the writing of a checkpoint, in the last step, and at the end of all."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return watched(folder, [*WAVES, f"data.path={waves}"], ["step 5", "write 7", "step 17", "end"])
+
+
+@pytest.fixture(scope="module")
+def whole(kills: dict[str, Path]) -> Path:
+    """The run of which they are copies."""
+    return kills["end"].with_name("run")
+
+
+@pytest.mark.parametrize("moment", ["step 5", "write 7", "step 17", "end"])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    moment: str, kills: dict[str, Path], whole: Path, waves: Path, tmp_path: Path, differences: Any
+) -> None:
+    copy = kills[moment]
+    assert bool(list((copy / "checkpoints").glob(".*.tmp"))) == moment.startswith("write")
+    words = [*WAVES, f"data.path={waves}", f"ckpt_path={copy}/checkpoints/last.ckpt"]
+    assert fit(tmp_path / "rest", *words) == 0
+    assert differences(whole, tmp_path / "rest") == []
+
+
+LETTERS = [
+    *("data=labelled", "model=classifier_tiny", "mixer=softmax", "mixer.num_heads=2", "model.dim=16", "model.depth=1"),
+    *("model.proj_drop=0.2", "data.batch_size=4", "data.steps=8", "trainer.accumulate_grad_batches=2"),
+    *("trainer.max_epochs=2", "callbacks.checkpoint.every_n_train_steps=3", "task=documents", *COMMON),
+]
+NUMBERS = [
+    *("task=text", "data=text", "model=language_tiny", "mixer=gla", "mixer.num_heads=2"),
+    *("model.dim=16", "model.depth=1", "model.proj_drop=0.2", "data.seq_len=32"),
+    *("data.batch_size=4", "data.steps=8", "data.split_ratio=[0.6,0.2,0.2]", "trainer.val_check_interval=4"),
+    *("trainer.max_epochs=2", "callbacks.checkpoint.every_n_train_steps=3", "test_after_fit=false", *COMMON),
+]
+
+
+@pytest.mark.parametrize("task", ["documents", "text"])
+def test_other_pipelines(task: str, tmp_path: Path, differences: Any) -> None:
+    """Steps of two batches; several validations in an epoch."""
+    random = np.random.default_rng(0)
+    data = tmp_path / "data"
+    for label in ("vowels", "other"):
+        (data / label).mkdir(parents=True)
+        letters = np.array(list("aeiou" if label == "vowels" else "bcdfg"))
+        for i in range(20):
+            (data / label / f"{i}.txt").write_text("".join(random.choice(letters, 5 + 3 * i)))
+    # in the documents a step is two batches
+    words, moments = (LETTERS, ["step 4", "write 4"]) if task == "documents" else (NUMBERS, ["step 5", "write 6"])
+    copies = watched(tmp_path / "whole", [*words, f"data.path={data}"], moments)
+    for moment, copy in copies.items():
+        rest = tmp_path / f"rest {moment}"
+        assert fit(rest, *words, f"data.path={data}", f"ckpt_path={copy}/checkpoints/last.ckpt") == 0
+        assert differences(tmp_path / "whole", rest) == [], moment
 
 
 # Signals ------------------------------------------------------------------------------------------------------------
@@ -167,14 +211,6 @@ class Send:
             os.kill(os.getpid(), number)
 
 
-@pytest.fixture(scope="module")
-def whole(waves: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert fit(folder, *WAVES, f"data.path={waves}") == 0
-    return folder
-
-
 def steps(folder: Path) -> int:
     return int(load_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"])
 
@@ -183,7 +219,6 @@ def steps(folder: Path) -> int:
     ("signum", "moment", "status", "word", "saved"),
     [
         (signal.SIGINT, "step 5", 130, "interrupted", 6),
-        (signal.SIGTERM, "step 9", 143, "stopped by SIGTERM", 10),
         (signal.SIGTERM, "validation 12", 143, "stopped by SIGTERM", 12),
         (signal.SIGHUP, "step 17", 129, "stopped by SIGHUP", 18),
     ],
@@ -242,19 +277,15 @@ def test_a_signal_outside_of_a_training_ends_at_once(
     assert capfd.readouterr().err.endswith("stopped by SIGTERM before the first checkpoint\n")
 
 
-def test_what_is_ignored_stays_ignored(waves: Path, tmp_path: Path) -> None:
+def test_what_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert (
-            fit(
-                tmp_path / "a",
-                *WAVES,
-                f"data.path={waves}",
-                "trainer.max_epochs=1",
-                action=Send(step_2=[signal.SIGHUP]),
-            )
-            == 0
-        )
+        with stopping.handled():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(stopping.Stopped, match="SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.asked() == signal.SIGTERM
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -336,3 +367,42 @@ def test_a_log_that_is_not_of_the_checkpoint_begins_anew(whole: Path, waves: Pat
     assert "has 2 rows, its checkpoint 24: the log begins anew" in capfd.readouterr().err
     rows = pd.read_csv(tmp_path / "on" / "logs" / "metrics.csv")
     assert rows["step"].min() == 19 and rows["step"].max() == 23
+
+
+# Workers ------------------------------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """The numbers themselves, with the process that read them; number 13 ends its process `deaths` times."""
+
+    def __init__(self, folder: Path, deaths: int) -> None:
+        self.folder, self.deaths = folder, deaths
+
+    def __getitem__(self, numbers: np.ndarray) -> dict[str, Any]:
+        if 13 in numbers and len(list(self.folder.iterdir())) < self.deaths:
+            (self.folder / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"x": torch.from_numpy(numbers), "process": os.getpid()}
+
+
+def rows(folder: Path, deaths: int, workers: int) -> ResumableLoader:
+    folder.mkdir(exist_ok=True)
+    sampler = IndexSampler(20, 2, shuffle=True)
+    return ResumableLoader(Rows(folder, deaths), sampler=sampler, **loader_options(workers))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
+def test_dead_workers_are_started_again_at_the_same_batch(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    expected = [batch["x"].tolist() for batch in rows(tmp_path, 0, 0)]
+    child = signal.getsignal(signal.SIGCHLD)
+    with caplog.at_level(logging.WARNING, "seqzoo"):
+        found = list(rows(tmp_path / "one", 1, 1))
+    assert [batch["x"].tolist() for batch in found] == expected
+    assert len({batch["process"] for batch in found}) == 2 and signal.getsignal(signal.SIGCHLD) is child
+    assert caplog.text.count("a data worker died") == 1
+    with pytest.raises((RuntimeError, ConnectionError, EOFError)):
+        list(rows(tmp_path / "always", 99, 1))
+    assert len(list((tmp_path / "always").iterdir())) == 4
