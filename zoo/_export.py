@@ -135,22 +135,23 @@ def _export(
     inputs, absent = without_empty(inputs)
     plain = PlainModel(model, absent).eval()
     with torch.no_grad():
+        plain(*inputs)  # whose names are known from now on; an export leaves attributes as they were
         shapes = _shapes(model, inputs, length == "dynamic", batch == "dynamic")
         if shapes is None:
-            return _run(plain, inputs, None, model), plain.names
+            return _run(plain, inputs, None), plain.names
         try:
-            return _run(plain, inputs, shapes, model), plain.names
+            return _run(plain, inputs, shapes), plain.names
         except torch._dynamo.exc.UserError as error:
             bounded = _bounded(str(error), shapes)
             if bounded is None:
                 raise _refused(model, length, error) from error
         try:
-            return _run(plain, inputs, bounded, model), plain.names
+            return _run(plain, inputs, bounded), plain.names
         except torch._dynamo.exc.UserError as error:
             raise _refused(model, length, error) from error
 
 
-def _run(plain: PlainModel, inputs: tuple[Any, ...], shapes: Any, model: nn.Module) -> torch.export.ExportedProgram:
+def _run(plain: PlainModel, inputs: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
     with _general_sizes():
         program = torch.export.export(
             plain,
