@@ -42,14 +42,15 @@ class Reader(Protocol):
 
 def windows(length: Any, window: Any, stride: Any) -> Iterator[tuple[Any, Any]]:
     """Spans (start, stop) of at most `window` whose starts are `stride` apart and that reach to the end; one span where
-    window is None. Numbers of any kind. Nothing is left out unless stride is larger than window."""
-    start = 0
-    while start == 0 or start < length:
-        stop = length if window is None or start + window >= length else start + window
-        yield start, stop
-        if stop == length:
+    window is None. Numbers of any kind, seconds to a millionth. Nothing is left out unless stride is above window."""
+    for number in itertools.count():
+        start = number * (stride or window or 0)
+        if number and start >= length - 1e-6:
             return
-        start += stride or window
+        last = window is None or start + window >= length - 1e-6
+        yield start, length if last else start + window
+        if last:
+            return
 
 
 def groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -67,7 +68,7 @@ def data_options(cfg: Mapping[str, Any], trained: Trained, cls: type) -> dict[st
     """
     from ..config_files import default_options, find_option
 
-    given = dict(cfg["data"])
+    given = dict(cfg["data"] or {"path": None})
     known = set(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
     if set(given) <= known:
         return given

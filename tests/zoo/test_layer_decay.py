@@ -1,5 +1,7 @@
 """In which layer each parameter of a model lies: over the registry, by hand, and beside timm."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -148,16 +150,21 @@ def test_low_rank_updates_lie_where_their_layer_does():
 
 
 def test_a_model_within_another_keeps_its_layers():
+    """The pretext has a copy of the model, whose blocks are none of the pass that is trained."""
+
     class Pretext(nn.Module):
         def __init__(self):
             super().__init__()
             self.model = create_model("classifier_tiny")
             self.projector = nn.Linear(2, 2)
+            self.copy = copy.deepcopy(self.model)
 
     outer = Pretext()
     inner, head = parameter_layers(outer.model)
-    found = {f"model.{name}": layer for name, layer in inner.items()}
-    assert parameter_layers(outer) == ({**found, "projector.weight": head, "projector.bias": head}, head)
+    found, number = parameter_layers(outer)
+    assert number == head == 3
+    assert found == {n: inner.get(n.removeprefix("model."), head) for n, _ in outer.named_parameters()}
+    assert found["model.backbone.blocks.0.norm_ffn.weight"] == 1 and found["projector.bias"] == head
 
 
 @pytest.mark.parametrize("pooling", ["token", "mean"])
