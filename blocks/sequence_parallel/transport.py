@@ -128,7 +128,7 @@ class ThreadTransport(Transport):
         return torch.stack(self._swap(x.detach())).sum(0)
 
 
-def run_ranks(size: int, function: Callable[[Transport], Any], *, timeout: float = 60.0) -> list[Any]:
+def run_ranks(size: int, function: Callable[[Transport], Any], *, timeout: float = 300.0) -> list[Any]:
     """What `function(transport)` returns on each of `size` ranks, which are threads of this process.
 
     The first error of a rank is raised again. timeout: seconds that a rank waits for the others.
