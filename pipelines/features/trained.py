@@ -73,4 +73,5 @@ def _checkpoint(cfg: dict[str, Any], run_dir: Path) -> Trained:
     if task not in list_tasks() or not isinstance(model, str):
         raise UserError(f"{path} is no checkpoint of a run of ours: it names no task and no model")
     module = task_package(task).load_module(checkpoint, path, {**cfg, "task": saved["task"]})
-    return Trained(module.net, dict(module.schema), model_info(model).task, model, str(path), file_sha256(path))
+    schema = {**module.schema, "task": dict(saved["task"])}
+    return Trained(module.net, schema, model_info(model).task, model, str(path), file_sha256(path))
