@@ -194,7 +194,13 @@ def _inputs(model: nn.Module, length: Length, rows: int) -> tuple[Any, ...]:
         return _examples(model, rows)
     if length != "dynamic":
         return inputs_of_length(model, length, rows)
-    return inputs_of_length(model, min(_GENERIC[_spec(model)["kind"]], _longest(model) or 1 << 30), rows)
+    return inputs_of_length(model, generic_length(model), rows)
+
+
+def generic_length(model: nn.Module) -> int:
+    """The length that a program for any is made with."""
+    usual, longest = _GENERIC[_spec(model)["kind"]], _longest(model)
+    return usual if longest is None else min(usual, longest)
 
 
 def _longest(model: nn.Module) -> int | None:

@@ -27,6 +27,7 @@ from ._export import (
     _name,
     _spec,
     export_model,
+    generic_length,
     inputs_of_length,
     length_axis,
     without_empty,
@@ -63,6 +64,7 @@ def save_exported(
     if format == "onnx":
         _need_onnx()
     folder = Path(folder)
+    (folder / RECORD).unlink(missing_ok=True)
     program = export_model(model, length=length, batch=batch, example_inputs=example_inputs)
     trials = trial_inputs(model, length, batch, example_inputs)
     record = _record(model, program, trials[0], format)
@@ -72,9 +74,9 @@ def save_exported(
     given = dict(getattr(model, "files", {}) if files is None else files)
     for name in given:
         check_file_name(name, "save_exported")
+    path = folder / FORMATS[format]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FORMATS[format]
         if format == "onnx":
             _write_onnx(program, path, record, model)
         else:
@@ -85,8 +87,11 @@ def save_exported(
         write_text(folder / CARD, _readme(record))
     except OSError as error:
         if is_full_disk(error):
-            raise ValueError(f"no space left on the disk of {folder}") from error
+            raise ValueError(f"no space left on the disk of {folder}; nothing half-written is kept") from error
         raise
+    finally:
+        if not (folder / RECORD).is_file():  # written last: without it the rest is not to be used
+            path.unlink(missing_ok=True)
     return folder
 
 
@@ -116,7 +121,8 @@ def trial_inputs(
         return [example]
     if length == "dynamic":
         usual = _examples(model, 1)[0].shape[length_axis(model) or 1]
-        return [inputs_of_length(model, n, b) for n, b in zip((usual, 2 * usual + 3), (rows[-1], rows[0]), strict=True)]
+        lengths = usual, max(2, generic_length(model) - 7)
+        return [inputs_of_length(model, n, rows[i % len(rows)]) for i, n in enumerate(lengths)]
     if length is not None:
         return [inputs_of_length(model, length, b) for b in rows]
     return [_examples(model, b) for b in rows]
