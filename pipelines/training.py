@@ -142,7 +142,9 @@ class TrainingModule(RankedModule):
 
     def configure_optimizers(self) -> Any:
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        optimizer = create_optimizer(self.net, self.optimizer_options, fused=not scaled)
+        # torch's fused SGD takes no weights of which a process holds a part
+        fused = not scaled and not getattr(self.trainer.strategy, "sharded", False)
+        optimizer = create_optimizer(self.net, self.optimizer_options, fused=fused)
         total = self.trainer.estimated_stepping_batches
         rule = schedule(self.scheduler_options, int(total) if math.isfinite(total) else 0)
         if rule is None:
