@@ -39,6 +39,8 @@ class VideoPretrainModule(TrainingModule):
         check_pretext(self.task, self.schema)
         self.net = create_video_net(model, schema, mixer_class, num_classes=head_classes(self.task))
         self.pretext = create_pretext(self.net, self.task, self.schema)
+        if task["pretext"] != "order":  # the classes are not asked for; DDP waits for the gradient of all that it knows
+            self.net.head.requires_grad_(False)
         if task.get("grad_checkpointing"):
             self.net.set_grad_checkpointing(True)
         self.scores: dict[str, float] = {}
