@@ -73,6 +73,7 @@ def test_windows() -> None:
     assert list(windows(0, 4, None)) == [(0, 0)]
     assert list(windows(1.5, 1.0, 0.5)) == [(0, 1.0), (0.5, 1.5)]
     assert list(windows(1.0000001, 0.5, None)) == [(0, 0.5), (0.5, 1.0000001)]  # no sliver of a rounding error
+    assert list(windows(1.0000001, 0.25, 0.5)) == [(0, 0.25), (0.5, 0.75)]
 
 
 def test_texts_by_hand(texts: Path, language: Path, tmp_path: Path) -> None:
