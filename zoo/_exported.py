@@ -160,7 +160,7 @@ def _record(model: Any, program: torch.export.ExportedProgram, inputs: tuple[Any
             for (name, x), shape in zip(tensors.items(), sizes, strict=True)
         ],
         "outputs": [
-            {"name": name, "dtype": _dtype(x), "shape": [free.get(str(n), str(n)) for n in _plain_sizes(x.shape)]}
+            {"name": name, "dtype": _dtype(x), "shape": [free.get(str(n), n) for n in _plain_sizes(x.shape)]}
             for name, x in zip(names, results, strict=True)
         ],
         "sizes": {word: _range(ranges.get(symbol)) for symbol, word in free.items()},

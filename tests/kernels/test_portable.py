@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from seqzoo.kernels import dispatch
 from seqzoo.kernels.agent_attention import RunningState, running_agent_attention
 from seqzoo.kernels.dilated_conv import dilated_conv
 from seqzoo.kernels.ema import Coefficients, ema, ema_coefficients, initialize_ema
@@ -77,6 +78,18 @@ def test_a_walk_over_chunks_meets_every_step_once(length):
     (last,), y = chunk_scan(body, (torch.ones(2, 3, dtype=F64),), (x,), 4, (torch.full((), 2.0, dtype=F64),))
     torch.testing.assert_close(y, 1 + 2 * x.cumsum(1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(last, 1 + 2 * x.sum(1), rtol=1e-12, atol=1e-12)
+
+
+def test_an_export_takes_the_portable_forms_unless_another_is_named(monkeypatch):
+    dispatch.backends()
+    assert dispatch.choose_backend("linear_attention", dtype=torch.float32, device="cpu").name == "chunked"
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    taken = {op: dispatch.choose_backend(op, dtype=torch.float32, device="cpu") for op in dispatch._BACKENDS}
+    no_model_has = {"associative_scan", "attention_with_lse", "s4d_kernel"}
+    assert {op for op, backend in taken.items() if not backend.portable} == no_model_has & set(taken)
+    assert dispatch.choose_backend("linear_attention", "chunked").name == "chunked"
+    packed = dispatch.choose_backend("linear_attention", dtype=torch.float32, device="cpu", varlen=True)
+    assert packed.name == "chunked"  # the portable one has no packing
 
 
 def test_delayed_keeps_the_length():
