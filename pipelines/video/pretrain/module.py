@@ -56,22 +56,38 @@ class VideoPretrainModule(TrainingModule):
         self.check_loss(seen + sum(found.aux.values()), batch_idx)
         return loss + sum(found.aux.values())
 
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)
+
+    def on_test_epoch_start(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._log("val", batch, batch_idx)
+        self._add(batch, batch_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._log("test", batch, batch_idx)
+        self._add(batch, batch_idx)
 
-    def _log(self, stage: str, batch: dict[str, Tensor], number: int) -> None:
-        """The same draws in every evaluation."""
-        found = self._judge(batch, number * self.trainer.world_size + self.global_rank, first=1)
-        values = {"loss": found.loss, self.pretext.score_name: found.score, "guess": torch.tensor(found.guess)}
-        self.log_dict(
-            {f"{stage}/{key}": value for key, value in values.items()},
-            batch_size=len(batch["frames"]),
-            prog_bar=True,
-            sync_dist=True,
+    def on_validation_epoch_end(self) -> None:
+        self._log("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log("test")
+
+    def _add(self, batch: dict[str, Tensor], number: int) -> None:
+        """The same draws in every evaluation, by the number of the batch among those of all processes."""
+        found, clips = (
+            self._judge(batch, number * self.trainer.world_size + self.global_rank, first=1),
+            len(batch["clip"]),
         )
+        each = torch.tensor([float(found.loss), float(found.score), found.guess, 1.0], dtype=torch.float64)
+        self._sums += each * clips
+
+    def _log(self, stage: str) -> None:
+        *sums, number = self.sum_over_ranks(self._sums).tolist()
+        names = ("loss", self.pretext.score_name, "guess")
+        values = {f"{stage}/{name}": total / max(number, 1) for name, total in zip(names, sums, strict=True)}
+        self.log_dict(values, prog_bar=True, rank_zero_only=True)
 
     def _judge(self, batch: dict[str, Tensor], number: int, first: int = 0) -> Judged:
         seed = hash((int(self.task.get("seed", 0)), first, number, 0)) % 2**63
