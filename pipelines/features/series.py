@@ -68,7 +68,8 @@ class SeriesReader:
         self.channels: list[str | None] = list(data.table.targets) if apart else [None]
         time = pa.timestamp("ns")
         self.columns = {"name": pa.string(), "channel": pa.string(), "start": time, "end": time}
-        self.time, self.unit, self.failed = time, "times", []
+        self.time, self.unit = time, "times"
+        self.failed: list[str] = []
 
     def batches(self, size: int) -> Iterator[Rows]:
         for group in groups(range(len(self.dataset)), max(size // len(self.channels), 1)):

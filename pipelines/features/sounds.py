@@ -70,11 +70,13 @@ class SoundReader:
         self.window = None if window is None else round(window * self.rate)
         self.stride = None if stride is None else round(stride * self.rate)
         self.columns = {"name": pa.string(), "label": pa.string(), "start": pa.float64(), "end": pa.float64()}
-        self.time, self.unit, self.failed = pa.float64(), "seconds", []
+        self.time, self.unit = pa.float64(), "seconds"
+        self.failed: list[str] = []
 
     def _windows(self) -> Iterator[_Window]:
         for _, own in itertools.groupby(sorted(self.clips, key=lambda c: (c.name, c.start)), key=lambda c: c.name):
-            clips, reader = list(own), None
+            clips = list(own)
+            reader: AudioReader | None = None
             try:
                 reader = AudioReader(clips[0].path, sample_rate=self.rate)
                 for clip in clips:
@@ -101,7 +103,7 @@ class SoundReader:
 
     def _batch(self, group: list[_Window]) -> Rows:
         lengths = np.array([len(w.samples) for w in group])
-        samples = np.zeros((len(group), int(lengths.max())), dtype=np.float32)
+        samples: np.ndarray = np.zeros((len(group), int(lengths.max())), dtype=np.float32)
         for row, w in enumerate(group):
             samples[row, : len(w.samples)] = w.samples
         ids = [

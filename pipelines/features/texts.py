@@ -63,7 +63,8 @@ class TextReader:
         self.names = {**names, "split": None}
         self.parts = find_parts(str(data["path"]), labelled=False)
         self.columns = {"name": pa.string(), "label": pa.string(), "start": pa.int64(), "end": pa.int64()}
-        self.time, self.unit, self.failed = pa.int64(), "tokens", []
+        self.time, self.unit = pa.int64(), "tokens"
+        self.failed: list[str] = []
         # what is wrong with the files is said before anything is computed
         for file in (file for _, part in self.parts for file in part_files(part)):
             if file.suffix.lower() in {*SOUND.suffixes, *VIDEO.suffixes}:
@@ -96,7 +97,7 @@ class TextReader:
         spare = len(group) % 2 if self.pairs else 0
         rows = group + group[-1:] * spare
         lengths = np.array([len(w.tokens) for w in rows])
-        tokens = np.zeros((len(rows), max(int(lengths.max()), 1)), dtype=np.int64)
+        tokens: np.ndarray = np.zeros((len(rows), max(int(lengths.max()), 1)), dtype=np.int64)
         for row, w in enumerate(rows):
             tokens[row, : len(w.tokens)] = w.tokens
         args: torch.Tensor = torch.from_numpy(tokens)

@@ -53,7 +53,8 @@ class ClipReader:
         self.window, self.stride = check_window(cfg["task"], whole=False, what="seconds")
         self.clips = checked_clips(_clips(self.data), backend=self.data.backend)
         self.tubelet = int(net.encoder.tubelet)
-        self.columns, self.time, self.unit, self.failed = dict(_COLUMNS), pa.float64(), "seconds", []
+        self.columns, self.time, self.unit = dict(_COLUMNS), pa.float64(), "seconds"
+        self.failed: list[str] = []
 
     def _windows(self) -> Iterator[tuple[VideoClip, Looked]]:
         damaged: set[str] = set()
@@ -109,7 +110,8 @@ class MomentReader:
         self.window = max(round(float(window or schema["window"]) * self.fps), 1)
         self.stride = None if stride is None else max(round(stride * self.fps), 1)
         self.cosine = bool((schema.get("task") or {}).get("cosine", True))
-        self.columns, self.time, self.unit, self.failed = dict(_COLUMNS), pa.float64(), "seconds", []
+        self.columns, self.time, self.unit = dict(_COLUMNS), pa.float64(), "seconds"
+        self.failed: list[str] = []
 
     def _windows(self) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]]:
         vectors = [(query, np.asarray(self.scorer.encode_query(query), np.float32)) for query in self.queries]
