@@ -169,7 +169,7 @@ def _record(model: Any, program: torch.export.ExportedProgram, inputs: tuple[Any
 
 
 def _user_inputs(program: torch.export.ExportedProgram) -> list[str]:
-    return list(program.graph_signature.user_inputs)  # type: ignore[arg-type]
+    return list(program.graph_signature.user_inputs)
 
 
 def _plain_sizes(shape: Any) -> list[Any]:

@@ -30,7 +30,7 @@ def s4d_conv_portable(
     `s4d_conv_chunked`."""
     if state is not None or output_state:
         ends = {"lengths": lengths, "state": state, "output_state": output_state}
-        return s4d_conv_chunked(u, log_a, b, c, skip=skip, c_reverse=c_reverse, **ends)  # type: ignore[arg-type]
+        return s4d_conv_chunked(u, log_a, b, c, skip=skip, c_reverse=c_reverse, **ends)
     y = _convolved(u, log_a, b, c)
     if c_reverse is not None:  # later tokens, of which the next is at lag 0
         y = y + _convolved(delayed(u.flip(1), 1), log_a, b, c_reverse).flip(1)
