@@ -7,19 +7,21 @@ is causal; outputs, final state and the gradients of inputs, earlier tokens and 
 largest difference relative to the largest value. Ranks are threads of this process; a hybrid language model with its
 loss also runs in processes of torch.distributed over gloo. Bytes: received by the rank that receives most, forward and
 backward of one layer of width 64, batch 1, float32, 4 ranks.
-Writes benchmarks/results/sequence_parallel.json and .md.
+--only replaces one of the three parts of the results. Writes benchmarks/results/sequence_parallel.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import ROOT, write_result
+from _runs import RESULTS, ROOT, write_result
 
 from seqzoo.blocks.registry import create_mixer
 from seqzoo.blocks.sequence_parallel import SharedSequence, even_lengths, run_ranks, sequence_parallel
@@ -85,15 +87,13 @@ def volume(lengths: list[int], ranks: int = 4) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"layer": label, "pattern": mixer.pattern, "bytes": {}}
             for length in lengths:
                 found = run_ranks(ranks, lambda transport, m=mixer, n=length: _received(m, n, transport))
-                row["bytes"][length] = max(received for received, _ in found)
+                row["bytes"][str(length)] = max(received for received, _ in found)
                 row["calls"] = found[0][1]
             rows.append(row)
     return rows
 
 
 def _received(mixer: torch.nn.Module, length: int, transport: Any) -> tuple[int, dict[str, int]]:
-    import copy
-
     own = copy.deepcopy(mixer)
     exchange = SharedSequence(transport, even_lengths(length, transport.size))
     with sequence_parallel(own, exchange):
@@ -122,13 +122,13 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {row['processes']} | {row['difference']:.0e} | {calls} |")
         lines.append("")
     if "volume" in result:
-        lengths = list(result["volume"][0]["bytes"])
+        lengths = [str(n) for n in result["volume"][0]["bytes"]]
         lines += ["## Bytes received against the length", ""]
         lines += [
             "One layer of width 64, batch 1, float32, 4 ranks, forward and backward, the rank that receives most.",
             "",
         ]
-        lines += ["| layer | pattern | " + " | ".join(str(n) for n in lengths) + " | collectives |"]
+        lines += ["| layer | pattern | " + " | ".join(lengths) + " | collectives |"]
         lines += ["|---|---|" + "---:|" * len(lengths) + "---|"]
         for row in result["volume"]:
             calls = ", ".join(f"{number} {name}" for name, number in sorted(row["calls"].items()))
@@ -145,18 +145,19 @@ def main() -> None:
     parser.add_argument("--only", choices=("equality", "volume", "gloo"), default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"torch": torch.__version__, "splits": {str(k): v for k, v in SPLITS.items()}}
+    before = RESULTS / "sequence_parallel.json"
+    result: dict[str, Any] = json.loads(before.read_text()) if options.only and before.exists() else {}
     if options.only in (None, "volume"):
         result["volume"] = volume(options.lengths)
     if options.only in (None, "equality"):
+        result["splits"] = {str(size): lengths for size, lengths in SPLITS.items()}
         result["equality"] = equality()
     if options.only in (None, "gloo"):
         result["gloo"] = over_gloo(options.processes)
     text = table(result)
     print(text)
-    if options.only is None:
-        path = write_result("sequence_parallel", result)
-        path.with_suffix(".md").write_text(text)
+    result["command"] = "python benchmarks/sequence_parallel.py"
+    write_result("sequence_parallel", result).with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -173,13 +173,13 @@ class ChunkAttention(nn.Module):
             kv = exchange.gather(kv, [((0, total if return_state else end),) for end in ends])
             earlier, own = kv[:, :start], kv[:, start : start + length]
             seen = state.length if state is not None else q.new_zeros(q.shape[0], dtype=torch.int64)
-            past = kv[:, :0] if state is None else torch.cat((state.k, state.v), 2).to(kv.dtype)
-            held = _join(past, earlier, seen)
+            cached = kv[:, :0] if state is None else torch.cat((state.k, state.v), 2).to(kv.dtype)
+            held = _join(cached, earlier, seen)
             before = ChunkState(held[..., :width], held[..., width:], seen + start)
             o, _ = self(q, own[..., :width], own[..., width:], state=before)
             if not return_state:
                 return o, None
-            held = _join(past, kv, seen)
+            held = _join(cached, kv, seen)
             return o, ChunkState(held[..., :width], held[..., width:], seen + total)
         if not self.causal:
             first = start - start % chunk
@@ -197,7 +197,7 @@ class ChunkAttention(nn.Module):
             held = take(tokens, place.clamp(max=max(slots - 1, 0)))
             return ChunkState(held[..., :width], held[..., width:], number)
 
-        past = None
+        past: Tensor | None = None
         if state is not None:  # its tokens, the last of them in the last slot
             place = torch.arange(slots, device=q.device) - slots + (seen % chunk).unsqueeze(1)
             past = take(torch.cat((state.k, state.v), 2), place.clamp(min=0))

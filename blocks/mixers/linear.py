@@ -126,9 +126,10 @@ class LinearAttention(Mixer):
         before, last = state, None
         if self.exchange is not None and not self.cross:
             # The other ranks' sums come before own tokens, whatever their order without causality.
-            own = linear_summary(k, v)
+            own = _sums(linear_summary(k, v))
+            start = None if state is None else _sums(state)
             if self.causal:
-                found, last = self.exchange.prefix([None, None], own, state, return_last=state is not None)
+                found, last = self.exchange.prefix([None, None], own, start, return_last=state is not None)
             else:
                 found = self.exchange.others(own)
             before = LinearState(*found)
@@ -185,3 +186,7 @@ class LinearAttention(Mixer):
         if not self.causal or self.cross:
             return super().state_size(length)
         return self.num_heads * self.head_dim * (self.head_dim + 1)
+
+
+def _sums(state: LinearState) -> list[Tensor]:
+    return [part for part in state if part is not None]

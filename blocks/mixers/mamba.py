@@ -92,7 +92,8 @@ class _SelectiveSSM(nn.Module):
         carried = state is not None
         terms, tail = self._terms(x, lengths, state, carried, exchange)
         u, dt, a, b, c = terms
-        before, last = None if state is None else state.h, None
+        before: Tensor | None = None if state is None else state.h
+        last: list[Tensor] | None = None
         if exchange is not None:
             decay, h = self._summary(u, dt, a, b)
             (before,), last = exchange.prefix([decay], [h], None if state is None else [state.h], return_last=carried)
@@ -116,6 +117,8 @@ class _SelectiveSSM(nn.Module):
         """See `Mixer.chunk_summary`; x (B, L, E)."""
         (u, dt, a, b, _), tail = self._terms(x, None, state, True, None)
         decay, h = self._summary(u, dt, a, b)
+        if tail is None:
+            raise RuntimeError("the convolution returned no state")
         return ChunkSummary(MambaState(torch.zeros_like(tail), decay), MambaState(tail, h))
 
     def _summary(self, u: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

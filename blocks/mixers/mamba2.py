@@ -122,6 +122,8 @@ class _SSD(nn.Module):
         """See `Mixer.chunk_summary`; arguments as forward's."""
         (x, b, _, dt, decay), tail = self._terms(xbc, dt, None, state, True, None)
         factor, h = gated_chunk_summary(b, x * dt.unsqueeze(-1), decay)
+        if tail is None:
+            raise RuntimeError("the convolution returned no state")
         return ChunkSummary(Mamba2State(torch.zeros_like(tail), factor), Mamba2State(tail, h))
 
     def _terms(
@@ -371,7 +373,8 @@ class Mamba2(Mixer):
             return super().chunk_summary(x)
         inputs = self.in_proj(x).split(self.widths, -1)[3]
         heads = self.scan.num_heads
-        return self.scan.summary(*inputs.split([inputs.shape[-1] - heads, heads], -1), state)
+        xbc, dt = inputs.split([inputs.shape[-1] - heads, heads], -1)
+        return self.scan.summary(xbc, dt, state)
 
     def init_state(
         self,
