@@ -95,8 +95,8 @@ class _SelectiveSSM(nn.Module):
         before: Tensor | None = None if state is None else state.h
         last: list[Tensor] | None = None
         if exchange is not None:
-            decay, h = self._summary(u, dt, a, b)
-            (before,), last = exchange.prefix([decay], [h], None if state is None else [state.h], return_last=carried)
+            decay, own = self._summary(u, dt, a, b)
+            (before,), last = exchange.prefix([decay], [own], None if state is None else [state.h], return_last=carried)
         y, h = selective_scan(
             u,
             dt,
