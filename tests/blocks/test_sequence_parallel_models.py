@@ -109,6 +109,7 @@ def test_processes_over_gloo(size, tmp_path):
     for rank in range(size):
         error, calls = torch.load(tmp_path / f"{rank}.pt")
         assert error < 1e-10
-        # Forward and backward: a convolution's halo, keys and values twice (or once the sinks' none), states twice.
+        # The targets at the borders; each way a halo of the convolution, one of the window, and keys and values; two
+        # states; the loss and the gradients.
         assert calls == {"all_gather": 4, "all_to_all": 1 + 2 * 3, "all_reduce": 2}
     assert len(HYBRID) == 4
