@@ -50,13 +50,13 @@ def _execute(command: str, name: str, cfg: dict[str, Any], run_dir: Path) -> dic
     task = task_package(name)
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
     if not trains(name):
-        first = rank_zero_only.rank == 0  # of processes that torchrun or srun started; one looks for all
+        first = _first()  # of processes that torchrun or srun started; one looks for all
         metrics, trainer = task.predict(None, None, cfg, run_dir) if first else {}, None
     elif command == "fit":
         metrics, trainer = _fit(task, cfg, run_dir)
     else:
         metrics, trainer = _evaluate(task, command, cfg, run_dir), None
-    if metrics and rank_zero_only.rank == 0:
+    if metrics and _first():
         metrics["objective"] = metrics.get("val/loss", metrics.get("test/mse"))
         write_metrics(run_dir, metrics)
     if trainer is not None:
@@ -64,9 +64,14 @@ def _execute(command: str, name: str, cfg: dict[str, Any], run_dir: Path) -> dic
     return metrics
 
 
+def _first() -> bool:
+    """Whether this process is the first of those that run together."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def _one_voice() -> contextlib.AbstractContextManager[Any]:
     """What every process would print comes from the first one."""
-    return contextlib.nullcontext() if rank_zero_only.rank == 0 else contextlib.redirect_stdout(io.StringIO())
+    return contextlib.nullcontext() if _first() else contextlib.redirect_stdout(io.StringIO())
 
 
 def _refuse_silence(trainer: L.Trainer) -> None:
