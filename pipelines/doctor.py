@@ -256,9 +256,21 @@ def _script_module(path: Path) -> str:
     return match[1] if match else ""
 
 
+def problem_rows() -> list[dict[str, Any]]:
+    """What does not fit together, and what to do."""
+    try:
+        from .failures.versions import problems
+
+        return problems()
+    except Exception as error:  # a broken installation must not hide the rest
+        found = f"cannot be looked for: {type(error).__name__}: {error}"
+        return [{"what": "problems", "problem": found, "do": _FIX}]
+
+
 def report(*, as_json: bool = False) -> None:
     """Print everything."""
     sections = {
+        "problems": problem_rows(),
         "versions": versions() + accelerators(),
         "kernels": kernel_rows(),
         "decoders": decoder_rows(),
@@ -272,5 +284,7 @@ def report(*, as_json: bool = False) -> None:
     from .results import print_table
 
     for title, rows in sections.items():
+        if title == "problems" and not rows:
+            rows = [{"what": "-", "problem": "none found", "do": "-"}]
         print_table(rows, title=title)
         print()
