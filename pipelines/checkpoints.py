@@ -122,6 +122,8 @@ def load_checkpoint(
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+            if sum(part.file_size for part in archive.infolist()) > size:  # torch stores its parts as they are
+                raise zipfile.BadZipFile("its parts would unpack to more than the file has")
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated or not a checkpoint ({size} bytes)") from error
     if damaged is not None:
@@ -148,9 +150,10 @@ def saved_parameters(checkpoint: dict[str, Any], task: str, path: Path) -> dict[
 
     Raises UserError, naming the task, when it is not one of this task.
     """
-    saved = checkpoint.get("hyper_parameters", {})
+    saved = checkpoint.get("hyper_parameters")
     wanted = ("model", "task", "optimizer", "scheduler", "schema")
-    missing = sorted(set(wanted) - set(saved))
+    plain = isinstance(saved, dict) and all(isinstance(saved.get(key, {}), dict) for key in ("model", "task", "schema"))
+    missing = sorted(set(wanted) - set(saved if plain else ()))
     if missing:
         raise UserError(f"{path} is no {task} checkpoint of seqzoo: it lacks {', '.join(missing)}")
     found = saved["task"].get("name", task)

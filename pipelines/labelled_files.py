@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import UserError, nearest
-from .labelled_tables import SPLIT_NAMES, TABLES, table_rows
+from .labelled_tables import SPLIT_NAMES, TABLES, file_of_row, table_rows
 
 # The usual names of a table's columns, but for those of the path and the label, which depend on the kind.
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -242,7 +242,7 @@ def _row(file: Path, where: str, row: Mapping[str, Any], columns: Mapping[str, s
     for key in ("path", "label"):
         if not cell(key):
             raise UserError(f"{where}: the column {columns[key]!r} is empty")
-    found = file.parent / Path(cell("path")).expanduser()
+    found = file_of_row(file, cell("path"), where)
     if not found.is_file():
         raise UserError(f"{where}: {kind.missing(found)}")
     start, end = 0.0, None

@@ -47,6 +47,18 @@ def table_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise UserError(f"{file}, line {reader.line_num} is not CSV: {error}") from None
 
 
+def file_of_row(table: Path, text: str, where: str) -> Path:
+    """The file that a cell names, relative to the table: anywhere that the user can read, also through "..", links or
+    an absolute path. It need not be there. Raises UserError for a text that can be no path."""
+    try:
+        found = table.parent / Path(text).expanduser()
+        found.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; the home of nobody; a zero byte
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: {text[:80]!r} can be no path ({why})") from None
+    return found
+
+
 def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -54,7 +66,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 record = json.loads(line.decode("utf-8", "surrogateescape"))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also of a number with too many digits
                 raise UserError(f"{file}, line {number} is not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise UserError(f"{file}, line {number} holds a {type(record).__name__}, expected an object")

@@ -29,6 +29,7 @@ from .atomic import atomic_write_text
 from .config_errors import explain
 from .environment import CWD, RANK_VARIABLES, RUN_DIR, environment_kept, external_rank, variable
 from .errors import UserError, one_line
+from .hydra_guard import guarded_composing
 from .overrides import Request, command_line_targets, complete_mixer, quote, split_override
 from .validate import validate_types
 
@@ -40,7 +41,7 @@ def launch(request: Request) -> int:
     """Run a command line; returns the exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted by Ctrl-C, 143 by
     SIGTERM, 129 by SIGHUP."""
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
-    with environment_kept(), stopping.handled():
+    with environment_kept(), stopping.handled(), guarded_composing(request.overrides):
         os.environ[CWD] = os.getcwd()  # ${paths.data} and ${paths.runs} start from it
         if request.allow:
             os.environ["SEQZOO_ALLOW"] = ",".join(filter(None, [os.environ.get("SEQZOO_ALLOW"), *request.allow]))

@@ -31,7 +31,6 @@ def mixer_class(model: dict[str, Any], cfg: dict[str, Any]) -> type[Mixer] | Non
         return None
     return resolve_mixer_target(
         mixer["_target_"],
-        allow=cfg.get("allow", ()),
         command_line_targets=cfg.get("command_line_targets", ()),
     )
 

@@ -222,13 +222,14 @@ def find_checkpoint(choice: str, cfg: dict[str, Any], run_dir: Path) -> Path:
 
 
 def _run_name(folder: Path) -> str | None:
-    from omegaconf import DictConfig, OmegaConf
+    import yaml
 
     path = folder / "config.yaml"
-    if not path.is_file():
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # none, or not ours: not the run that is looked for
         return None
-    saved = OmegaConf.load(path)
-    return saved.get("name") if isinstance(saved, DictConfig) else None
+    return saved.get("name") if isinstance(saved, dict) else None
 
 
 def build_trainer(

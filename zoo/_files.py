@@ -22,6 +22,8 @@ SCHEMA_VERSION = 2
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 # More than any scaler or list of labels needs; a larger file is not read.
 MAX_CONFIG_BYTES = 64 << 20
+# As safetensors has it.
+MAX_HEADER_BYTES = 100_000_000
 # What Hydra would act on.
 _TARGETS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -46,7 +48,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_CONFIG_BYTES:,} of any config; it is not read")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not an object with name and options")
@@ -61,7 +63,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     for key in ("options", "preprocessing", "files"):
         if not isinstance(config[key], dict):
             raise ValueError(f"{path}: {key} is a {type(config[key]).__name__}, expected an object")
-    _refuse_targets(config, str(path))
+    try:
+        _refuse_targets(config, str(path))
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON for a config: it is nested too deeply") from error
     for name in config["files"]:
         check_file_name(name, str(path))
     return config
@@ -109,10 +114,12 @@ def _check_header(path: Path) -> None:
             raise ValueError(
                 f"{path} is cut off or no safetensors file: its header claims {length:,} bytes, the file has {size:,}"
             )
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path} is no safetensors file: its header claims {length:,} bytes; it is not read")
         try:
             header = json.loads(file.read(length))
             ends = [int(part["data_offsets"][1]) for name, part in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is no safetensors file: its header is not what it should be ({error})") from error
     if max(ends, default=0) != size - 8 - length:
         raise ValueError(

@@ -15,6 +15,7 @@ from ._factory import build_model
 from ._features import find_backbone
 from ._files import CONFIG, WEIGHTS, file_sha256, read_config, read_state
 from ._hub import download, parse_hub_id
+from ._limits import BoundedBuilding
 from ._registry import list_models
 from ._weights import Weights, split_name, weights_info
 
@@ -144,7 +145,13 @@ def _restore(saved: Saved, overrides: Mapping[str, Any]) -> nn.Module:
         if not (saved.folder / name).is_file():
             raise ValueError(f"{saved.folder} has no {name}, which its config names")
         _check_sha256(saved.folder / name, digest, "its config")
-    model: Any = build_model(config["name"], {**without_sources(config["options"]), **overrides})
+    options = {**without_sources(config["options"]), **overrides}
+    try:
+        with BoundedBuilding(weights.stat().st_size, str(weights)):
+            model: Any = build_model(config["name"], options)
+    except (RuntimeError, MemoryError, OverflowError, RecursionError, TypeError) as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(f"{saved.folder}: no {config['name']} can be built from its config ({why})") from error
     fit_state(model, read_state(weights), str(weights), changed=bool(overrides))
     model.preprocessing = config["preprocessing"]
     model.files = {name: saved.folder / name for name in config["files"]}

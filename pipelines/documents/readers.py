@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, nearest
-from ..labelled_tables import SPLIT_NAMES, TABLES, table_rows
+from ..labelled_tables import SPLIT_NAMES, TABLES, file_of_row, table_rows
 
 _DEFAULTS = {"text": "text", "file": "file", "label": "label"}
 
@@ -118,7 +118,7 @@ def _read_table(split: str, file: Path, columns: Mapping[str, str | None], label
             if not content:
                 raise UserError(f"{where}: the column {chosen['text']!r} is empty; remove the row")
         else:
-            content = file.parent / _cell(row, str(chosen["file"]), where)
+            content = file_of_row(file, _cell(row, str(chosen["file"]), where), where)
             if not content.is_file():
                 siblings = [p.name for p in content.parent.iterdir()] if content.parent.is_dir() else []
                 raise UserError(f"{where}: no such file {content}.{nearest(content.name, siblings)}")

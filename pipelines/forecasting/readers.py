@@ -226,7 +226,7 @@ def _open_parquet(path: Path) -> Source:
     try:
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a name of a column may be any bytes
         detail = "the file is empty" if path.stat().st_size == 0 else str(error).splitlines()[0]
         raise UserError(f"cannot read {path} as Parquet: {detail}") from None
     if rows == 0:

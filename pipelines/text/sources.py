@@ -129,7 +129,7 @@ def _lines(path: Path, name: str, field: str) -> Iterator[Document]:
                 continue
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also of a number with too many digits
                 raise UserError(f"{path}, line {number} is not JSON: {error}") from None
             yield from from_record(record, field, f"{name}#{number}", f"{path}, line {number}")
 

@@ -112,7 +112,7 @@ def activitynet_clips(path: str | Path, videos: str | Path, *, missing: str = "e
     file = _file(path)
     try:
         records = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits
         raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(records, dict):
         raise UserError(f"{file} holds a {type(records).__name__}, expected an object of videos by id")

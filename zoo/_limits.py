@@ -1,0 +1,55 @@
+"""A bound on what building a saved model may ask for: its config can name any size, its weights show what it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+# Beyond the weights' own size: what initialisation makes and throws away, tables that are computed, a larger head that
+# the caller asked for.
+TIMES, SPARE_BYTES = 16, 1 << 30
+SPARE_TENSORS = 100_000
+
+
+class BoundedBuilding(TorchDispatchMode):
+    """Raises ValueError, before it is allocated, for a tensor with which those made under it exceed the bound.
+
+    size: bytes of the file of the weights. where: its name, for the message.
+    """
+
+    def __init__(self, size: int, where: str) -> None:
+        super().__init__()
+        self.most, self.where = TIMES * size + SPARE_BYTES, where
+        self.made = self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is None or any(value.alias_info is not None for value in schema.returns):
+            return func(*args, **kwargs)  # in place, or a view
+        self.number += 1
+        self.made += _bytes_of(func, args, kwargs)
+        if self.made > self.most or self.number > SPARE_TENSORS:
+            asked = f"{self.made:,} bytes" if self.made > self.most else f"{self.number:,} tensors"
+            raise ValueError(
+                f"the config beside {self.where} asks for a model of at least {asked}, which those weights cannot "
+                "fill; it is not built"
+            )
+        return func(*args, **kwargs)
+
+
+def _bytes_of(func: Any, args: Any, kwargs: Any) -> int:
+    """What an operation would make, found on the meta device; 0 where that cannot be known."""
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, dict(kwargs)))
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        kwargs["device"] = torch.device("meta")
+    kwargs.pop("generator", None)
+    try:
+        made = func(*args, **kwargs)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return 0
+    return sum(t.numel() * t.element_size() for t in tree_leaves(made) if isinstance(t, Tensor))
