@@ -90,6 +90,9 @@ class RankedModule(L.LightningModule):
         put in the checkpoint that is gone on from. Raises UserError for another number of processes whose steps have
         another number of rows: the position in the data would not be the same one."""
         ranks = num_ranks()
+        if getattr(getattr(self.trainer, "strategy", None), "sharded", False):
+            for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
+                group["fused"] = False  # a checkpoint of another strategy brings its own
         if saved is not None and saved["number"] != ranks:
             sampler = getattr(self.trainer.train_dataloader, "sampler", None)
             here = sampler.batch_size * ranks if isinstance(sampler, IndexSampler) else None
