@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..blocks.layers.ranks import num_ranks, share_batch_norms
 from .errors import UserError
+from .failures.steps import WatchedModule
 from .loading import IndexSampler
 
 
-class RankedModule(L.LightningModule):
+class RankedModule(WatchedModule):
     """A LightningModule whose training step is that of one process on the batches of all."""
 
     def over_ranks(self, loss: Tensor, number: Tensor | int) -> tuple[Tensor, Tensor, Tensor | int]:

@@ -16,6 +16,7 @@ from ..blocks.parameters import parameter_groups
 from ..blocks.registry import did_you_mean
 from ..zoo._layers import check_layer_decay, layer_scales
 from .errors import UserError
+from .failures.nonfinite import explain_loss
 from .loading import ResumableLoader
 from .muon import create_muon
 from .ranks import RankedModule
@@ -91,6 +92,12 @@ def schedule(options: dict[str, Any], total_steps: int) -> tuple[str, Callable[[
         return 1.0 if left >= decay else floor + (1 - floor) * max(left, 0) / max(decay, 1)
 
     return "step", factor
+
+
+def _clip_by_norm(parameters: list[torch.Tensor], most: float) -> None:
+    """`clip_grad_norm_`, but for gradients whose norm is not finite, which it would spoil altogether."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    torch.nn.utils.clip_grads_with_norm_(parameters, most, torch.where(torch.isfinite(norm), norm, 0.0))
 
 
 class TrainingModule(RankedModule):
@@ -174,8 +181,13 @@ class TrainingModule(RankedModule):
         gradient_clip_algorithm: Any = None,
     ) -> None:
         """Lightning refuses to clip for fused optimizers in mixed precision, because a gradient scaler would unscale
-        inside them; bf16 has no scaler."""
+        inside them; bf16 has no scaler. Gradients without a finite norm stay as they are: which are not finite can be
+        told then."""
         plugin = self.trainer.precision_plugin
+        by_norm = GradClipAlgorithmType(gradient_clip_algorithm or "norm") == GradClipAlgorithmType.NORM
+        if gradient_clip_val and by_norm and self.trainer.world_size == 1 and getattr(plugin, "scaler", None) is None:
+            _clip_by_norm(list(plugin.main_params(optimizer)), float(gradient_clip_val))
+            return
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
@@ -183,12 +195,7 @@ class TrainingModule(RankedModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def check_loss(self, loss: torch.Tensor, batch_index: int) -> torch.Tensor:
-        """Stop with the name of the first parameter that is not finite when the loss is not."""
+        """Stop with the first module, and what of it or of the batch, when the loss is not finite."""
         if not bool(torch.isfinite(loss.detach())):
-            bad = [n for n, p in self.net.named_parameters() if not bool(torch.isfinite(p.detach()).all())]
-            where = f"the first parameter that is not finite is {bad[0]}" if bad else "all parameters are finite"
-            raise RuntimeError(
-                f"the loss is {float(loss.detach())} at step {self.global_step} (batch {batch_index}): {where}; "
-                "lower optimizer.lr or set trainer.gradient_clip_val, or train in 32-true precision"
-            )
+            raise explain_loss(self, loss, batch_index)
         return loss

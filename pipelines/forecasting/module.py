@@ -80,6 +80,8 @@ class ForecastModule(TrainingModule):
         )
         arguments = model_arguments(model, task, schema)
         self.net: Forecaster = create_net(model["name"], arguments, mixer_class, Forecaster, "forecaster")
+        if task.get("grad_checkpointing"):
+            self.net.set_grad_checkpointing(True)
         if schema.get("any_series") and self.net.reads_calendar:
             raise UserError(f"data.any_series=true needs a model that reads no calendar; {model['name']!r} does")
         self.loss_name = f"{task['loss']} loss"
