@@ -61,8 +61,14 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "video/find": (
         "experiment=video/find",
-        *("data.val_videos=1", "data.val_minutes=1.0", "data.test_videos=1", "data.test_minutes=1.0"),
-        *("data.window=30.0", "data.batch_size=2", "data.steps=25", "trainer.max_epochs=3"),
+        *("data.val_videos=1", "data.val_minutes=2.0", "data.test_videos=1", "data.test_minutes=2.0"),
+        *(
+            "data.window=90.0",
+            "data.events_per_video=[1,1]",
+            "data.batch_size=2",
+            "data.steps=25",
+            "trainer.max_epochs=3",
+        ),
         "callbacks.checkpoint.every_n_train_steps=null",
     ),
 }

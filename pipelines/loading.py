@@ -19,11 +19,22 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from . import stopping
+from .failures.workers import WorkerNotes, done, explain_worker, is_worker_failure, next_batch, processes_of
 
 log = logging.getLogger("seqzoo")
 
 _WINDOW = 50  # batches within which items are sorted by length
 _RESTARTS = 3  # of dead workers, without a batch in between
+_TIMEOUT = 600.0  # seconds without a batch after which a worker hangs
+_timeout = _TIMEOUT
+
+
+def set_worker_timeout(seconds: float | None) -> None:
+    """How long the loaders that are made from now on wait for a batch of a worker. 0: for ever; None: the default."""
+    global _timeout
+    if seconds is not None and seconds < 0:
+        raise ValueError(f"worker_timeout={seconds} must be at least 0 seconds")
+    _timeout = _TIMEOUT if seconds is None else float(seconds)
 
 
 class IndexSampler(DistributedSampler[Any]):
@@ -156,8 +167,11 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
-        if not isinstance(sampler, IndexSampler):
-            yield from super().__iter__()
+        if not isinstance(sampler, IndexSampler):  # Lightning has put another one in its place (overfit_batches)
+            for batch in super().__iter__():
+                yield batch
+                if self.before_batch is not None:
+                    self.before_batch()
             return
         self._taken = sampler.position
         batches, restarts = None, 0
@@ -174,7 +188,8 @@ class ResumableLoader(DataLoader[Any]):
                 restarts += 1
                 if not (self.num_workers and _worker_died(error)) or stopping.asked() or restarts > _RESTARTS:
                     raise
-                log.warning("a data worker died (%s): all start again at batch %d", error, self._taken)
+                said = explain_worker(error) if is_worker_failure(error) else error
+                log.warning("a data worker died (%s): all start again at batch %d", said, self._taken)
                 self._iterator, sampler.position, batches = None, self._taken, None
                 continue
             restarts = 0
@@ -187,7 +202,7 @@ class ResumableLoader(DataLoader[Any]):
         if self.num_workers or self.pin_memory or self.batch_size is not None:
             with torch.random.fork_rng(devices=[], enabled=begun), _handler_kept("SIGCHLD"):
                 batches = super().__iter__()
-            yield from batches
+            yield from _watched(batches)
             return
         # In this process a batch is the dataset's own: the base class calls the profiler around it, which costs as much
         # as a few of its tensors. The seed is drawn all the same, so that what is drawn next depends on no option.
@@ -216,6 +231,9 @@ class EvaluationLoader(DataLoader[Any]):
     the sums of a process that leaves its evaluation out.
     """
 
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return _watched(super().__iter__())
+
     def __len__(self) -> int:
         own = super().__len__()
         return max(own, 1) if getattr(self.sampler, "size", 0) else own
@@ -225,11 +243,14 @@ def loader_options(num_workers: int) -> dict[str, Any]:
     """Arguments of a DataLoader over an `IndexSampler`, whose items are batches already.
 
     With a generator of its own: the base class draws a seed for workers at times that a resumed run does not repeat.
+    Workers note what they read, and one that gives nothing for `set_worker_timeout` seconds ends the run.
     """
     return {
         "generator": torch.Generator(),
         "batch_size": None,
-        "collate_fn": identity,
+        "collate_fn": done if num_workers else identity,
+        "worker_init_fn": WorkerNotes(num_workers) if num_workers else None,
+        "timeout": _timeout if num_workers else 0,
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
@@ -239,6 +260,17 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 def identity(batch: dict[str, Any]) -> dict[str, Any]:
     """The collate function of datasets whose items are batches already."""
     return batch
+
+
+def _watched(batches: Any) -> Iterator[Any]:
+    """A loader's batches, with the deaths of its workers while one is waited for."""
+    processes = processes_of(batches)
+    while True:
+        try:
+            batch = next_batch(batches, processes)
+        except StopIteration:
+            return
+        yield batch
 
 
 def _worker_died(error: Exception) -> bool:
