@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from . import resume, stopping
 from .atomic import TEMPORARY_SUFFIX, atomic_path, is_full_disk
 from .errors import UserError
+from .failures.workers import is_worker_failure
 from .loading import ResumableLoader
 
 log = logging.getLogger("seqzoo")
@@ -121,9 +122,9 @@ def load_checkpoint(
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
             if sum(part.file_size for part in archive.infolist()) > size:  # torch stores its parts as they are
                 raise zipfile.BadZipFile("its parts would unpack to more than the file has")
+            damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated or not a checkpoint ({size} bytes)") from error
     if damaged is not None:
@@ -404,7 +405,8 @@ class LastCheckpoint(SafeModelCheckpoint):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """A signal to the whole group ends the loader's workers too, and that is an error when a batch is asked for."""
         stopping.defer(False)
-        if isinstance(exception, KeyboardInterrupt) or not stopping.asked() or trainer.world_size > 1:
+        ended = stopping.asked() or is_worker_failure(exception)
+        if isinstance(exception, KeyboardInterrupt) or not ended or trainer.world_size > 1:
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         if (

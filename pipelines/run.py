@@ -20,8 +20,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from .checkpoints import AtomicCheckpointIO, LastCheckpoint, SafeModelCheckpoint, load_checkpoint
 from .errors import UserError, user_errors
+from .failures.explain import explained
 from .history import Continued, MetricsLog
 from .instantiate import safe_instantiate
+from .loading import set_worker_timeout
 from .progress import progress_callback
 from .reports import export, report_fit, report_validation
 from .results import write_metrics
@@ -42,12 +44,14 @@ def execute(command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     _quieten()
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _one_voice():
+    with _one_voice(), explained(cfg, run_dir):
         return _execute(command, name, cfg, run_dir)
 
 
 def _execute(command: str, name: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     task = task_package(name)
+    with user_errors():
+        set_worker_timeout(cfg.get("worker_timeout"))
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
     if not trains(name):
         first = _first()  # of processes that torchrun or srun started; one looks for all

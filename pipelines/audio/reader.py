@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 import numpy as np
 
 from ..errors import UserError, check_whole, nearest, one_line
+from ..failures.workers import reading
 from .faults import LEAST_RATE, MOST_RATE, AudioError, check_head, check_log, missing_error, rate_error
 from .mp3 import mp3_length
 
@@ -165,6 +166,7 @@ class AudioReader:
         return first, last
 
     def _blocks(self, size: int, first: int, last: int) -> Iterator[np.ndarray]:
+        reading(self.name)
         block, filled, left = None, 0, last - first
         for piece in self._pieces(first, last):
             while len(piece):

@@ -101,10 +101,8 @@ def explain_worker(error: BaseException) -> str:
     hang = _HANGS.match(str(error))
     if hang:
         pid = _awaited(error, notes)
-        gone = pid is not None and _gone(pid)
-        how = "has ended" if gone else f"gave no batch for {float(hang[1]):g} seconds"
-        then = "" if gone else "; worker_timeout=... waits longer, 0 for ever"
-        return f"a loader's process {how}{_at(pid, notes)}{then}. {_HINT}"
+        how = f"gave no batch for {float(hang[1]):g} seconds{_at(pid, notes)}"
+        return f"a loader's process {how}; worker_timeout=... waits longer, 0 for ever. {_HINT}"
     deaths = [match for match in (_DIED.match(str(one)) for one in chain) if match]
     pids = [int(word) for word in deaths[0][1].replace(",", " ").split()]
     pid = next((p for p in pids if p in notes), pids[0])
@@ -165,10 +163,6 @@ def _awaited(error: BaseException, notes: dict[int, tuple[float, str]]) -> int |
     return min(busy, key=busy.__getitem__) if busy else None
 
 
-def _gone(pid: int) -> bool:
-    return hasattr(os, "waitid") and _ended(pid) is not None
-
-
 # Waiting for a batch --------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +185,10 @@ def next_batch(batches: Iterator[Any], processes: Sequence[int]) -> Any:
     try:
         look()
         return next(batches)
+    except (ConnectionError, EOFError) as error:
+        if not str(error).startswith("Caught "):  # no error within a worker: what it has sent died with it
+            look()
+        raise
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from ..errors import UserError, check_whole
-from ..loading import IndexSampler, ResumableLoader, loader_options
+from ..loading import EvaluationLoader, IndexSampler, ResumableLoader, loader_options
 from .calendar import calendar_fields, same_frequency
 from .frequency import parse_frequency
 from .ingest import show_time
@@ -238,7 +238,7 @@ class ForecastData(L.LightningDataModule):
         dataset = self.dataset(stage)
         if not len(dataset):
             return []
-        return DataLoader(
+        return EvaluationLoader(
             dataset, sampler=IndexSampler(len(dataset), self.eval_batch_size), **loader_options(self.num_workers)
         )
 

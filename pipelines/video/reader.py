@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import UserError, check_whole, nearest, one_line
+from ..failures.workers import reading
 from .backends import BACKENDS, Decoder, open_decoder, open_table
 from .faults import VideoError, check_file, missing_error, say_once
 from .frame_table import FrameTable
@@ -193,6 +194,7 @@ class VideoReader:
         They are decoded in rising order, forward from the last key frame where that is nearer than the frame before.
         Raises UserError for a number outside 0 to N - 1.
         """
+        reading(self.name)
         wanted = self._checked(indices)
         height, width = self.size
         try:
