@@ -31,7 +31,7 @@ from .environment import CWD, RANK_VARIABLES, RUN_DIR, environment_kept, externa
 from .errors import UserError, one_line
 from .hydra_guard import guarded_composing
 from .overrides import Request, command_line_targets, complete_mixer, quote, split_override
-from .validate import validate_types
+from .validate import check_mixer_is_read, validate_types
 
 OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -197,6 +197,8 @@ def _plain(
         missing = [k for k in sorted(OmegaConf.missing_keys(cfg)) if not k.startswith("model.mixer")]
         if missing:
             raise UserError(f"{missing[0]} has no value: give {missing[0]}=...")
+        model = OmegaConf.to_container(cfg.get("model") or OmegaConf.create(), resolve=False)
+        check_mixer_is_read(dict(model), overrides)  # type: ignore[arg-type]
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""

@@ -136,6 +136,40 @@ def validate_names(cfg: Mapping[str, Any]) -> None:
             raise UserError(f"{dotted}={value} must be greater than 0")
 
 
+def check_mixer_is_read(model: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """A mixer that was typed must be one that the model reads.
+
+    model: the section with its `${mixer}` as it stands. overrides: what was typed. Raises UserError, naming the key or
+    the model that it can be given to.
+    """
+    typed = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] == "mixer"]
+    name = model.get("name")
+    if not typed or "${mixer" in str(dict(model)):
+        return
+    from ..blocks.registry import list_mixers
+    from ..zoo import list_models, model_info
+
+    if name not in list_models():
+        return  # what is said of an unknown model comes later
+    info = model_info(str(name))
+    own = ", ".join(info.mixers) or "none of the registry"
+    value = typed[0].partition("=")[2]
+    size = str(name).rpartition("_")[2]
+    able = [n for n in list_models(task=info.task) if _takes_any(n)]
+    able = [n for n in able if n.endswith(f"_{size}")] or able
+    ways = [f"model={able[0]}, which takes any mixer"] if able else []
+    if "mixer" in info.options:
+        ways.append(f"model.mixer={value if value in list_mixers() else '...'}")
+    raise UserError(
+        f"{typed[0]} has no effect: the model {name!r} has its own mixer ({own}). Give {', or '.join(ways) or 'none'}"
+    )
+
+
+def _takes_any(name: str) -> bool:
+    path = find_option("model", name)
+    return path is not None and "${mixer}" in path.read_text(encoding="utf-8")
+
+
 def _constructors(task: str) -> dict[str, set[str]]:
     """Sections whose keys are the arguments of one class: the Trainer, the task's data."""
     import lightning
