@@ -12,18 +12,20 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 # Beyond the weights' own size: what initialisation makes and throws away, tables that are computed, a larger head that
 # the caller asked for.
 TIMES, SPARE_BYTES = 16, 1 << 30
-SPARE_TENSORS = 100_000
+# Operations that make a tensor, for each tensor of the weights.
+TIMES_EACH, SPARE_TENSORS = 50, 20_000
 
 
 class BoundedBuilding(TorchDispatchMode):
     """Raises ValueError, before it is allocated, for a tensor with which those made under it exceed the bound.
 
-    size: bytes of the file of the weights. where: its name, for the message.
+    size, number: bytes and tensors of the weights. where: their file, for the message.
     """
 
-    def __init__(self, size: int, where: str) -> None:
+    def __init__(self, size: int, number: int, where: str) -> None:
         super().__init__()
         self.most, self.where = TIMES * size + SPARE_BYTES, where
+        self.most_tensors = TIMES_EACH * number + SPARE_TENSORS
         self.made = self.number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -33,7 +35,7 @@ class BoundedBuilding(TorchDispatchMode):
             return func(*args, **kwargs)  # in place, or a view
         self.number += 1
         self.made += _bytes_of(func, args, kwargs)
-        if self.made > self.most or self.number > SPARE_TENSORS:
+        if self.made > self.most or self.number > self.most_tensors:
             asked = f"{self.made:,} bytes" if self.made > self.most else f"{self.number:,} tensors"
             raise ValueError(
                 f"the config beside {self.where} asks for a model of at least {asked}, which those weights cannot "

@@ -145,14 +145,15 @@ def _restore(saved: Saved, overrides: Mapping[str, Any]) -> nn.Module:
         if not (saved.folder / name).is_file():
             raise ValueError(f"{saved.folder} has no {name}, which its config names")
         _check_sha256(saved.folder / name, digest, "its config")
+    state = read_state(weights)
     options = {**without_sources(config["options"]), **overrides}
     try:
-        with BoundedBuilding(weights.stat().st_size, str(weights)):
+        with BoundedBuilding(weights.stat().st_size, len(state), str(weights)):
             model: Any = build_model(config["name"], options)
     except (RuntimeError, MemoryError, OverflowError, RecursionError, TypeError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ValueError(f"{saved.folder}: no {config['name']} can be built from its config ({why})") from error
-    fit_state(model, read_state(weights), str(weights), changed=bool(overrides))
+    fit_state(model, state, str(weights), changed=bool(overrides))
     model.preprocessing = config["preprocessing"]
     model.files = {name: saved.folder / name for name in config["files"]}
     return model

@@ -5,11 +5,14 @@ given).
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+
+_YEARS = " between the years 1678 and 2261"
 
 
 class BadTime(Exception):
@@ -44,7 +47,7 @@ class TimeParser:
             try:
                 return pc.cast(array, pa.timestamp("ns", zone)).cast(pa.int64()).to_numpy()
             except pa.ArrowInvalid:
-                raise BadTime(0, array[0].as_py(), " between the years 1678 and 2261") from None
+                raise BadTime(0, _shown(array[0]), _YEARS) from None
         if pa.types.is_integer(kind):
             array = array.cast(pa.string())
         elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
@@ -66,7 +69,19 @@ class TimeParser:
             index = int(bad.argmax())
             seen = "" if self._format == "ISO8601" else f" of the form {self._format}"
             raise BadTime(index, text.iloc[index], seen)
-        return np.asarray(times.dt.as_unit("ns").astype("int64"))
+        try:
+            return np.asarray(times.dt.as_unit("ns").astype("int64"))
+        except pd.errors.OutOfBoundsDatetime:
+            index = int(((times.dt.year < 1678) | (times.dt.year > 2261)).to_numpy().argmax())
+            raise BadTime(index, text.iloc[index], _YEARS) from None
+
+
+def _shown(value: Any) -> object:
+    """A time for a message; of one beyond the years of Python its number."""
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):
+        return getattr(value, "value", "?")
 
 
 def looks_like_times(array: pa.Array) -> bool:

@@ -233,7 +233,10 @@ def _say(rows: Sequence[Mapping[str, Any]], jobs: Mapping[Path, Sequence[str]], 
 
 def _named(query: str) -> str:
     """A query as it is shown: of an example's path the file."""
-    return Path(query).name if Path(query.partition("#t=")[0]).is_file() else query
+    try:
+        return Path(query).name if Path(query.partition("#t=")[0]).is_file() else query
+    except (OSError, ValueError):  # a question that is too long for a name
+        return query
 
 
 def _rounded(values: Mapping[str, float], digits: int) -> dict[str, float]:
