@@ -152,7 +152,7 @@ def _export(
 
 
 def _run(plain: PlainModel, inputs: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
-    with _general_sizes():
+    with general_sizes():
         program = torch.export.export(
             plain,
             inputs,
@@ -167,7 +167,7 @@ def _run(plain: PlainModel, inputs: tuple[Any, ...], shapes: Any) -> torch.expor
 
 
 @contextmanager
-def _general_sizes() -> Iterator[None]:
+def general_sizes() -> Iterator[None]:
     """Sizes that are not known count as general ones: not as 1, not as those that make a tensor contiguous."""
     from torch.fx.experimental import _config
 

@@ -27,6 +27,7 @@ from ._export import (
     _name,
     _spec,
     export_model,
+    general_sizes,
     generic_length,
     inputs_of_length,
     length_axis,
@@ -213,13 +214,14 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, record: Mappi
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            input_names=[i["name"] for i in record["inputs"]],
-            output_names=[o["name"] for o in record["outputs"]],
-        )
+        with torch.no_grad(), general_sizes():  # the program is traced once more, as it was made
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[i["name"] for i in record["inputs"]],
+                output_names=[o["name"] for o in record["outputs"]],
+            )
     except Exception as error:  # the exporter has no type of its own for what it cannot translate
         raise ValueError(
             f"{_name(model)} has no ONNX form: {onnx_reason(error)}; format='torch' exports it, and a model with "

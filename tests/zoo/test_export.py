@@ -163,7 +163,7 @@ def test_the_folder_runs_in_a_process_without_this_package(tmp_path: Path):
         torch.testing.assert_close(torch.load(folder / "outputs.pt"), model(tokens).y, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mixer", ["softmax", pytest.param("mamba", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mixer", ["softmax", "gla", pytest.param("mamba", marks=pytest.mark.slow)])
 def test_onnxruntime_gives_what_the_model_gives_at_any_length(mixer, tmp_path: Path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
