@@ -247,19 +247,19 @@ def test_ways_out_that_are_left() -> None:
 
 
 def test_what_autograd_keeps_is_counted() -> None:
-    """Of sum(W x)^2 the product and the input are kept, once each."""
+    """Of sum(V W x)^2 the input and both products are kept, once each; V is too, but is no activation."""
 
     class One(nn.Module):
         device = torch.device("cpu")
 
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(16, 32, bias=False)
+            self.layers = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 8, bias=False))
 
         def training_step(self, batch: Tensor, index: int) -> Tensor:
-            return self.layer(batch).square().sum()
+            return self.layers(batch).square().sum()
 
-    assert saved_bytes(One(), Step("training", torch.randn(5, 16), 0)) == 4 * (5 * 16 + 5 * 32)
+    assert saved_bytes(One(), Step("training", torch.randn(5, 16), 0)) == 4 * 5 * (16 + 32 + 8)
 
 
 def test_which_errors_are_of_memory() -> None:
