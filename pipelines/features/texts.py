@@ -16,7 +16,7 @@ from ..documents.data import DocumentData
 from ..documents.readers import Example, find_parts, part_files, read_part
 from ..errors import UserError
 from ..text.data import TextData
-from ..text.tokenizer import ByteTokenizer, Tokenizer, create_tokenizer
+from ..text.tokenizer import ByteTokenizer, saved_tokenizer
 from ..video.sources import KIND as VIDEO
 from .reading import Rows, check_window, data_options, groups, windows
 from .trained import Trained
@@ -48,7 +48,7 @@ class TextReader:
             raise UserError(
                 f"{trained.source} has no tokenizer for files of your own: it reads {schema.get('source', 'tokens')!r}"
             )
-        self.tokenizer = _tokenizer(schema)
+        self.tokenizer = saved_tokenizer(schema)
         window, self.stride = check_window(cfg["task"], whole=True, what="tokens")
         positions = [part.max_len for part in net.modules() if isinstance(part, LearnedPosition)]
         limit = min(positions, default=None)
@@ -108,12 +108,3 @@ class TextReader:
             args, kwargs = args.unflatten(0, (-1, 2)), {k: v.unflatten(0, (-1, 2)) for k, v in kwargs.items()}
         starts = [w.start for w in group]
         return Rows(ids, (args,), kwargs, lambda length: [start + np.arange(length) for start in starts], spare)
-
-
-def _tokenizer(schema: dict[str, Any]) -> Tokenizer:
-    """That of the training, which lies beside a saved model under another name. Raises UserError for another one."""
-    tokenizer = create_tokenizer(schema["tokenizer"])
-    trained = str(schema.get("tokenizer_key", tokenizer.key))
-    if tokenizer.key.rpartition(":")[2] != trained.rpartition(":")[2]:
-        raise UserError(f"{schema['tokenizer']} is {tokenizer.key} now, the model was trained with {trained}")
-    return tokenizer

@@ -72,7 +72,7 @@ class FileTokenizer:
             raise UserError(f"data.tokenizer={path} has none of the tokens {', '.join(self._ENDS)} to end a text with")
         self.separator = ids[0]
         self.replaced = 0
-        self.key = f"{path.name}:{hashlib.sha256(content).hexdigest()[:16]}"
+        self.key = f"json:{hashlib.sha256(content).hexdigest()[:16]}"  # a copy under another name is the same
 
     def encode(self, content: bytes) -> np.ndarray:
         try:

@@ -58,6 +58,21 @@ def test_a_tokenizer_and_a_prompt(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_a_tokenizer_file_lies_beside_the_model_under_another_name(tmp_path: Path) -> None:
+    from seqzoo.pipelines.text.tokenizer import train_bpe
+
+    pytest.importorskip("tokenizers", reason="needs seqzoo[text]")
+    (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten\n" * 200)
+    train_bpe([(tmp_path / "a.txt").read_bytes()], tmp_path / "mine.json", vocab_size=300)
+    text = ["task=text", "data=text", f"data.path={tmp_path / 'a.txt'}", f"data.tokenizer={tmp_path / 'mine.json'}"]
+    text += ["data.seq_len=32", "data.batch_size=4", "model=gla_tiny", "optimizer=adamw", "scheduler=none"]
+    run("fit", tmp_path / "fit", *text, "trainer.limit_train_batches=2", "test_after_fit=false")
+    (tmp_path / "mine.json").unlink()
+    asked = ["task=text", "data=text", f"data.path={tmp_path / 'a.txt'}", "model=gla_tiny", "task.prompt=one two"]
+    run("predict", tmp_path / "out", *asked, "task.max_new_tokens=3", f"+model.pretrained={tmp_path / 'fit/model'}")
+    assert (tmp_path / "out" / "generated.jsonl").is_file()
+
+
 def test_what_validation_chose_is_saved(tmp_path: Path) -> None:
     """The threshold of events is a buffer of the module, not of the net."""
     events = pytest.importorskip("seqzoo.pipelines.audio.events.module", reason="needs seqzoo[audio]")
