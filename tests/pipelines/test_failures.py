@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,7 +231,11 @@ def test_out_of_memory_in_training(tmp_path: Path) -> None:
     assert "(asked for 20.00 GiB more) in training batch of x (4, 6, 3), y (4, 6)" in text
     weights = 4 * sum(p.numel() for p in module.parameters())
     assert f"parameters {weights / 1000:.3g} kB, gradients {weights / 1000:.3g} kB" in text
-    assert "(4 rows of " in text and "measured on one)" in text and calls[-1] == 1
+    found = re.search(r"activations about ([\d.]+) (\w+) \(4 rows of ([\d.]+) (\w+), measured on one\)", text)
+    units = {"bytes": 1, "kB": 1e3, "MB": 1e6}
+    assert found is not None and calls[-1] == 1
+    whole, row = (float(found[n]) * units[found[n + 1]] for n in (1, 3))
+    assert whole == pytest.approx(4 * row, rel=0.01)
     assert "(1) data.batch_size=2 with trainer.accumulate_grad_batches=2" in text
     assert "(2) task.grad_checkpointing=true" in text and "(3) trainer.precision=bf16-mixed" in text
     assert "ckpt_path" not in text
