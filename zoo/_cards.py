@@ -39,7 +39,7 @@ _USAGE = {
 }
 _GENERAL = (
     "outputs = model(*model.example_inputs())  # what it takes is in model.input_spec",
-    "print(getattr(outputs, 'y', outputs).shape)",
+    'print(getattr(outputs, "y", outputs).shape)',
 )
 
 

@@ -115,7 +115,7 @@ def test_every_option_composes_and_resolves(group: str, option: str) -> None:
             "logger",
             "paths",
         ),
-        *("name", "seed", "ckpt_path", "query", "test_after_fit"),
+        *("name", "seed", "ckpt_path", "query", "test_after_fit", "worker_timeout"),
     }
     assert "${" not in str(cfg) and "???" not in str(cfg)
     if group not in ("experiment", "debug"):
