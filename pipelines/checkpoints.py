@@ -151,7 +151,7 @@ def saved_parameters(checkpoint: dict[str, Any], task: str, path: Path) -> dict[
 
     Raises UserError, naming the task, when it is not one of this task.
     """
-    saved = checkpoint.get("hyper_parameters")
+    saved: Any = checkpoint.get("hyper_parameters")
     wanted = ("model", "task", "optimizer", "scheduler", "schema")
     plain = isinstance(saved, dict) and all(isinstance(saved.get(key, {}), dict) for key in ("model", "task", "schema"))
     missing = sorted(set(wanted) - set(saved if plain else ()))
