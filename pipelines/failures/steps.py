@@ -20,7 +20,7 @@ class Step(NamedTuple):
 
     stage: str
     batch: Any
-    index: int
+    number: int
     cpu: Tensor | None = None
     cuda: Tensor | None = None
     carried: Mapping[str, Any] = {}
@@ -94,7 +94,7 @@ def run_again(module: Any, step: Step) -> Any:
             torch.cuda.set_rng_state(step.cuda, module.device)
         vars(module).update(step.carried)
         try:
-            return module.training_step(step.batch, step.index)
+            return module.training_step(step.batch, step.number)
         finally:
             vars(module).update(carried)
 
@@ -147,7 +147,7 @@ def rows_of(batch: Any) -> int | None:
 
 def which(module: L.LightningModule, step: Step, rows: list[int] | None = None, most: int = 4) -> str:
     """What a batch is of, where it says so: 'batch 12 (clip 3 "a.wav", 8 "b.wav", ...)'. rows: only these of it."""
-    batch, text = step.batch, f"batch {step.index}"
+    batch, text = step.batch, f"batch {step.number}"
     if not isinstance(batch, Mapping):
         return text
     rows = list(range(rows_of(batch) or 0)) if rows is None else rows

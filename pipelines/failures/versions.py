@@ -212,6 +212,6 @@ def _installed(name: str) -> str | None:
 
 def _range(name: str) -> str | None:
     try:
-        return importlib.metadata.metadata(name).get("Requires-Python")
+        return importlib.metadata.metadata(name).json.get("requires_python")  # type: ignore[return-value]
     except importlib.metadata.PackageNotFoundError:
         return None
