@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,15 +173,16 @@ def load_table(
     if freq is not None:
         freq = parse_frequency(freq).alias
     source = open_source(path)
-    roles = find_roles(
-        source,
-        targets=_names(targets) if targets is not None else None,
-        time_column=time_column,
-        id_column=id_column,
-        past_covariates=_names(past_covariates),
-        future_covariates=_names(future_covariates),
-        static_covariates=_names(static_covariates),
-    )
+    with _utf8(source.path):
+        roles = find_roles(
+            source,
+            targets=_names(targets) if targets is not None else None,
+            time_column=time_column,
+            id_column=id_column,
+            past_covariates=_names(past_covariates),
+            future_covariates=_names(future_covariates),
+            static_covariates=_names(static_covariates),
+        )
     options = {"format": FORMAT, "roles": asdict(roles), "freq": freq, "gaps": gaps}
 
     def build(folder: Path) -> None:
@@ -202,7 +204,17 @@ def load_table(
         }
         (folder / "table.json").write_text(json.dumps({**meta, "source": str(source.path)}))
 
-    return SeriesTable.open(cached_folder(source.path, options, cache_dir, build))
+    with _utf8(source.path):
+        return SeriesTable.open(cached_folder(source.path, options, cache_dir, build))
+
+
+@contextmanager
+def _utf8(path: Path) -> Iterator[None]:
+    """A text of a Parquet file may be any bytes, which shows when it is looked at."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} has a text that is not UTF-8 ({error})") from None
 
 
 def find_roles(

@@ -15,8 +15,8 @@ _OTHERS = (  # where, what, kind: files that are no video, or none yet
     (0, b"PK\x03\x04", "a ZIP archive"),
     (0, b"\x1f\x8b", "a gzip archive"),
     (0, b"%PDF-", "a PDF document"),
-    (0, b"#EXTM3U", "a playlist, which names other files"),
-    (0, b"ffconcat version", "a list of other files"),
+    (0, b"#EXTM3U", "a text file that names other files"),
+    (0, b"ffconcat version", "a text file that names other files"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself (git lfs pull)"),
 )
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv", ".gif")

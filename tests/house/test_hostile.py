@@ -512,9 +512,9 @@ def test_a_file_of_secrets_named_as_a_recording_is_refused_without_its_content()
 @pytest.mark.parametrize("head", [b"#EXTM3U\n#\1\n", b"ffconcat version 1.0\n#\1\n"])
 def test_a_playlist_under_the_name_of_a_video_opens_no_other_file(tmp_path: Path, head: bytes) -> None:
     pytest.importorskip("av", reason="needs seqzoo[video]")
-    from ..helpers.video_files import write_video
-
     from seqzoo.pipelines.video.reader import open_video
+
+    from ..helpers.video_files import write_video
 
     write_video(tmp_path / "private.mp4", 3)
     entry = b"#EXTINF:1,\nprivate.mp4\n#EXT-X-ENDLIST\n" if head.startswith(b"#EXTM3U") else b"file private.mp4\n"
