@@ -68,6 +68,7 @@ def test_architectures() -> None:
     for capability, wrong in (((9, 0), False), ((8, 6), False), ((7, 0), True), ((12, 0), True)):
         found = cuda_problems("13.0", 13000, capability=capability, compiled=["sm_80", "sm_90a", "compute_90"], **both)
         assert bool(found) == wrong, capability
+    assert cuda_problems("13.0", 13000, capability=(8, 0), compiled=["sm_86"], **both)  # newer ones do not run on it
     assert "no kernels for this GPU, sm_120 (it has 80 to 90)" in found[0]["problem"]
 
 
