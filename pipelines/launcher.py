@@ -270,9 +270,9 @@ def _guarded(action: Callable[[], Any], run_dir: Path, wants_traceback: bool) ->
         signum = stopping.asked()
         if signum is not None:  # it ended workers too, whose end is an error
             return _interrupted(run_dir, stopping.Stopped(signum)), None
-        cause = one_line(error) or "no message"
+        message = one_line(error) or "no message"
         hint = "" if wants_traceback else f" (set {_FULL_ERROR}=1 for the traceback)"
-        text = f"{type(error).__name__}: {cause}{hint}"
+        text = f"{type(error).__name__}: {message}{hint}"
         return _say(text, FAILED, wants_traceback), None
 
 

@@ -286,12 +286,14 @@ def _handler_kept(name: str) -> Iterator[None]:
     """Keep a signal's handler: torch sets one by which the death of a worker is an error wherever this process is, in
     the middle of a step too. Without it the batch that the worker owes says so, seconds later."""
     number = getattr(signal, name, None)
-    main = number is not None and threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(number) if main else None
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
     try:
         yield
     finally:
-        if main and before is not None:
+        if before is not None:
             signal.signal(number, before)
 
 

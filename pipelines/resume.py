@@ -20,8 +20,10 @@ import torch
 from .history import MetricsLog
 
 # of a value that was logged in the epoch under way
-_FIELDS = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
-_FIELDS = (*_FIELDS, "dataloader_idx", "metric_attribute")
+_FIELDS = (
+    *("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph"),
+    *("add_dataloader_idx", "dataloader_idx", "metric_attribute"),
+)
 
 RUN_STATE = ("generators", "epoch_sums", "metrics", "validated")  # what `load_run_state` reads of a checkpoint
 
