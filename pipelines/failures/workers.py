@@ -15,10 +15,10 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
-import torch
 
 _SLOT, _HEAD = 1024, 24  # bytes of a worker: its process, when it began, the length of the text, the text
 _UNSAID = (".py", ".pyc", ".so", ".pth")
@@ -35,6 +35,8 @@ class WorkerNotes:
     """The `worker_init_fn` of a loader: gives each worker its bytes. `done` is to be its collate function."""
 
     def __init__(self, num_workers: int) -> None:
+        import torch  # readers use this module without it
+
         self._slots = torch.zeros(num_workers, _SLOT, dtype=torch.uint8).share_memory_()
         _live.add(self)
 
@@ -166,20 +168,21 @@ def _awaited(error: BaseException, notes: dict[int, tuple[float, str]]) -> int |
 # Waiting for a batch --------------------------------------------------------------------------------------------------
 
 
-def next_batch(batches: Iterator[Any], processes: Sequence[int]) -> Any:
+def next_batch(batches: Iterator[Any], processes: Sequence[BaseProcess]) -> Any:
     """The next of a loader's batches. The death of one of the processes, its workers, is an error while this one waits,
     at once and not at the end of the time-out; in between it is none, so that the step under way is not lost.
 
     Raises StopIteration at the end, RuntimeError for a dead worker, which says how it ended.
     """
-    if not processes or not hasattr(os, "waitid") or threading.current_thread() is not threading.main_thread():
+    if not processes or not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return next(batches)
 
     def look(*_: Any) -> None:
-        for pid in processes:
-            ended = _ended(pid)
-            if ended is not None:
-                raise RuntimeError(f"DataLoader worker (pid {pid}) {ended}")
+        for worker in processes:
+            if worker.exitcode:  # 0: it was told to end, as all are after the last batch
+                raise RuntimeError(
+                    f"DataLoader worker (pid {worker.pid}) exited unexpectedly with exit code {worker.exitcode}"
+                )
 
     before = signal.signal(signal.SIGCHLD, look)
     try:
@@ -193,18 +196,6 @@ def next_batch(batches: Iterator[Any], processes: Sequence[int]) -> Any:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
-def _ended(pid: int) -> str | None:
-    """How a child of this process ended; None where it lives."""
-    try:
-        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # somebody else has asked, and has the answer
-        return "exited unexpectedly"
-    if found is None:
-        return None
-    status = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-    return f"exited unexpectedly with exit code {status}"
-
-
-def processes_of(batches: Any) -> tuple[int, ...]:
+def processes_of(batches: Any) -> tuple[BaseProcess, ...]:
     """The workers of a loader's iterator."""
-    return tuple(worker.pid for worker in getattr(batches, "_workers", ()))
+    return tuple(getattr(batches, "_workers", ()))

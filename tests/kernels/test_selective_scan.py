@@ -355,7 +355,7 @@ def test_backends_are_registered():
         ({"lengths": torch.zeros(2)}, "lengths is torch.float32"),
         ({"initial_state": torch.zeros(2, 3, 5)}, r"initial_state has shape \(2, 3, 5\), expected \(2, 5, 3\)"),
         ({"chunk_size": 0}, "chunk_size=0"),
-        ({"backend": "chunkd"}, "backend='chunkd' is unknown; choose from auto, .*chunked, naive, compiled"),
+        ({"backend": "chunkd"}, "backend='chunkd' is unknown; choose from auto, .*chunked, naive, portable, compiled"),
     ],
 )
 def test_bad_values_are_refused(change, message):

@@ -92,7 +92,7 @@ def fitting(net: nn.Module, optimizer: dict[str, Any], scheduler: dict[str, Any]
     module = TrainingModule(optimizer=optimizer, scheduler=scheduler)
     module.net = net
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
-        precision_plugin=SimpleNamespace(scaler=None), estimated_stepping_batches=10
+        precision_plugin=SimpleNamespace(scaler=None), estimated_stepping_batches=10, strategy=SimpleNamespace()
     )
     module._fabric = None
     return module.configure_optimizers()
