@@ -371,7 +371,7 @@ class LastCheckpoint(SafeModelCheckpoint):
             checkpoint["generators"] = self._before_validation
             checkpoint["log_step"] = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         elif self._place == "after training":
-            resume.after_training(checkpoint["loops"])
+            resume.after_training(checkpoint["loops"], trainer.num_training_batches)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         follows = trainer.world_size == 1 and resume.validation_follows(trainer)

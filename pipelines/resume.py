@@ -141,8 +141,14 @@ def before_validation(checkpoint: dict[str, Any]) -> None:
     progress.update(total=dict(place), current=dict(place), is_last_batch=False)
 
 
-def after_training(loops: dict[str, Any]) -> None:
-    """Fit the counters in a checkpoint of a finished training: one with more steps begins a new epoch."""
+def after_training(loops: dict[str, Any], batches: float) -> None:
+    """Fit the counters in a checkpoint of a finished training: one with more steps begins a new epoch, or goes on in an
+    epoch of so many `batches` that was not trained to its end."""
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    if 0 < progress["current"]["completed"] < batches:
+        for count in loops["fit_loop"]["epoch_progress"].values():
+            for key in ("processed", "completed"):
+                count[key] -= 1
+        return
     progress["current"] = dict.fromkeys(progress["current"], 0)
     progress["is_last_batch"] = False

@@ -73,7 +73,8 @@ def saving() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """The handler for a block of the main thread; the handlers before it come back after it."""
+    """The handler for a block of the main thread; the handlers before it come back after it, and what was asked is
+    forgotten: a later training in this process is not stopped by it."""
     clear()
     before = _install()
     try:
@@ -81,7 +82,7 @@ def handled() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _wish.deferring = False
+        clear()
 
 
 def _install() -> dict[int, Any]:

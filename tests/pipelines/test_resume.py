@@ -291,7 +291,8 @@ def test_what_is_ignored_stays_ignored() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
             with pytest.raises(stopping.Stopped, match="SIGTERM"):
                 os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping.asked() == signal.SIGTERM
+            assert stopping.asked() == signal.SIGTERM
+        assert stopping.asked() is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
