@@ -27,7 +27,7 @@ from .loading import set_worker_timeout
 from .progress import progress_callback
 from .reports import export, report_fit, report_validation
 from .results import write_metrics
-from .saved import saved_checkpoint
+from .saved import saved_checkpoint, saved_model_section
 from .sharding import ShardedStrategy, create_strategy, whole_state
 from .validate import task_package, trains, validate_names
 
@@ -37,6 +37,8 @@ def execute(command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 
     cfg: the composed config as plain containers. Raises UserError, before anything is trained, for what is wrong in it.
     """
+    if command != "fit" and (cfg.get("model") or {}).get("pretrained") and not cfg.get("ckpt_path"):
+        cfg = {**cfg, "model": saved_model_section(cfg["model"]["pretrained"])}
     validate_names(cfg)
     name = cfg["task"]["name"]
     if command != "predict" and not trains(name):

@@ -7,6 +7,7 @@ A saved model has the schema of its data, the section `task` of its run and what
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ def module_preprocessing(schema: Mapping[str, Any], task: Mapping[str, Any], mod
     return {**schema, TASK: dict(task), **({CHOSEN: chosen} if chosen else {})}
 
 
+def saved_model_section(name: str) -> dict[str, Any]:
+    """The section `model` of a command that answers with a saved model: the saved one's name in place of a default of
+    the config, which it has nothing to do with. Raises UserError for a name that is no saved model."""
+    from ..zoo import read_config
+    from ..zoo._loading import find_saved
+    from .errors import UserError
+
+    folder = Path(name).expanduser() / "model"  # a run exports its model there
+    try:
+        return {"name": read_config(find_saved(folder if folder.is_dir() else name).folder)["name"], "pretrained": name}
+    except (ValueError, OSError) as error:
+        raise UserError(f"model.pretrained={name}: {error}") from error
+
+
 def saved_checkpoint(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
     """A saved model ("<model>.<tag>", a folder, "org/name@revision") as the task's `load_module` takes a checkpoint.
 
@@ -31,8 +46,9 @@ def saved_checkpoint(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
     from .errors import UserError
     from .validate import task_package
 
+    folder = Path(name).expanduser() / "model"
     try:
-        net: Any = load_model(name)
+        net: Any = load_model(folder if folder.is_dir() else name)
     except (ValueError, OSError) as error:
         raise UserError(f"model.pretrained={name}: {error}") from error
     of = model_info(net.config["name"]).task

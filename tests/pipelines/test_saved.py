@@ -105,3 +105,15 @@ def test_what_cannot_answer_is_named(tmp_path: Path) -> None:
         saved_checkpoint(str(tmp_path / "text"), {"name": "forecasting"})
     with pytest.raises(UserError, match=r"model\.pretrained=gla_tiny\.nothing: .*no weights"):
         saved_checkpoint("gla_tiny.nothing", {"name": "text"})
+
+
+def test_the_default_model_of_the_config_does_not_matter(tmp_path: Path) -> None:
+    """`predict task=text model.pretrained=NAME`: the default model is a forecaster."""
+    net = create_model("gla_tiny", dim=16, depth=1)
+    schema = {"tokenizer": "bytes", "tokenizer_key": "bytes", "vocab_size": 256, "separator": 0, "seq_len": 16}
+    save_model(net, tmp_path / "run" / "model", preprocessing={**schema, "corpus": "some"})
+    asked = ["task=text", "data=stdlib", "task.prompt=a", "task.max_new_tokens=2"]
+    run("predict", tmp_path / "out", *asked, f"+model.pretrained={tmp_path / 'run'}")
+    assert (tmp_path / "out" / "generated.jsonl").is_file()
+    with pytest.raises(UserError, match=r"model\.pretrained=nothing: .*no such folder"):
+        run("predict", tmp_path / "out", *asked, "+model.pretrained=nothing")
