@@ -75,7 +75,7 @@ class NGramEmbedding(TokenEmbedding):
         x = super().forward(tokens)
         layout = lay_out(mask, cu_seqlens, tokens.shape[1])
         rows = layout.place(tokens) + 1
-        before = self.init_state(len(rows), device=tokens.device) if state is None else state
+        before = self.init_state(rows.shape[0], device=tokens.device) if state is None else state
         every = torch.cat((before, rows), 1)
         grams = self.map(torch.cat([t(h) for t, h in zip(self.tables, self._hashes(every, rows), strict=True)], -1))
         x = x + self.drop(layout.restore(grams.to(x.dtype)))

@@ -72,6 +72,15 @@ def test_every_mixer_for_any_length(mixer):
     check_equal(model, program, trials)
 
 
+def test_hashed_n_grams_for_any_length_and_batch():
+    model = language("linear", ngrams=(2, 3), ngram_size=64, ngram_width=4).eval()
+    program = export_model(model)
+    for batch, length in ((1, 1), (3, 7), (6, 2)):
+        tokens = torch.randint(256, (batch, length))
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(tokens), model(tokens).y, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(m, marks=[] if m in QUICK_MODELS else pytest.mark.slow) for m in list_models()]
 )
