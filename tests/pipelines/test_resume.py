@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,16 @@ def test_other_pipelines(task: str, tmp_path: Path, differences: Any) -> None:
 # Signals ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Signals as a terminal leaves them: `nohup` and a shell's background ignore some, and a run then does too."""
+    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class Send:
     """Sends signals to this process at moments: {"step 5": [SIGTERM]}."""
 
@@ -223,6 +233,7 @@ def steps(folder: Path) -> int:
         (signal.SIGHUP, "step 17", 129, "stopped by SIGHUP", 18),
     ],
 )
+@pytest.mark.usefixtures("heard")
 def test_a_signal_ends_the_batch_saves_and_says_how_to_go_on(
     signum: int, moment: str, status: int, word: str, saved: int, whole: Path, waves: Path, tmp_path: Path,
     differences: Any, capfd: pytest.CaptureFixture[str],
@@ -240,6 +251,7 @@ def test_a_signal_ends_the_batch_saves_and_says_how_to_go_on(
     assert differences(whole, tmp_path / "rest") == []
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_signal_ends_at_once_and_loses_no_file(
     waves: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +261,7 @@ def test_a_second_signal_ends_at_once_and_loses_no_file(
     assert "goes on from it" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("heard")
 def test_signals_wait_for_a_checkpoint_that_is_being_written(
     waves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
