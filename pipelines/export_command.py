@@ -36,10 +36,8 @@ def main(arguments: Sequence[str]) -> int:
 
     if (folder / CONFIG).is_file():
         raise UserError(f"{target} is a saved model, whose files an export would replace: name another folder")
-    place = Path(source)
-    run = (place / "model" / CONFIG).is_file()
     try:
-        model: Any = load_model(place / "model" if run else source)
+        model: Any = load_model(source)
         length = _length(options["length"], length_axis(model) is not None)
         batch = _number("batch", options["batch"], ("dynamic",))
         save_exported(model, folder, format=options["format"], length=length, batch=batch)  # type: ignore[arg-type]

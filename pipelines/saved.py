@@ -7,7 +7,6 @@ A saved model has the schema of its data, the section `task` of its run and what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +28,8 @@ def saved_model_section(name: str) -> dict[str, Any]:
     from ..zoo._loading import find_saved
     from .errors import UserError
 
-    folder = Path(name).expanduser() / "model"  # a run exports its model there
     try:
-        return {"name": read_config(find_saved(folder if folder.is_dir() else name).folder)["name"], "pretrained": name}
+        return {"name": read_config(find_saved(name).folder)["name"], "pretrained": name}
     except (ValueError, OSError) as error:
         raise UserError(f"model.pretrained={name}: {error}") from error
 
@@ -46,9 +44,8 @@ def saved_checkpoint(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
     from .errors import UserError
     from .validate import task_package
 
-    folder = Path(name).expanduser() / "model"
     try:
-        net: Any = load_model(folder if folder.is_dir() else name)
+        net: Any = load_model(name)
     except (ValueError, OSError) as error:
         raise UserError(f"model.pretrained={name}: {error}") from error
     of = model_info(net.config["name"]).task

@@ -21,6 +21,7 @@ from ._weights import Weights, split_name, weights_info
 
 logger = logging.getLogger("seqzoo.zoo")
 _SHOWN = 8  # names in an error
+_OF_A_RUN = "model"  # where the folder of a run has its model
 
 
 class Saved(NamedTuple):
@@ -40,11 +41,11 @@ def load_model(
 ) -> nn.Module:
     """A saved model with its weights, in eval mode.
 
-    source: a folder written by `save_model`; "<model>.<tag>" or "<model>", weights that ship; or "org/name", if wanted
-    with "@revision", on the hub. revision: a branch, tag or commit there; a commit pins it. cache_dir: where downloads
-    are kept; None: the variable SEQZOO_CACHE, else the hub's own cache. With HF_HUB_OFFLINE=1 nothing is asked of the
-    network. overrides: options of the model, as in `create_model`. Its `preprocessing` is what was saved beside it, its
-    `files` the paths of what lies there.
+    source: a folder written by `save_model`, or that of a run; "<model>.<tag>" or "<model>", weights that ship; or
+    "org/name", if wanted with "@revision", on the hub. revision: a branch, tag or commit there; a commit pins
+    it. cache_dir: where downloads are kept; None: the variable SEQZOO_CACHE, else the hub's own cache. With
+    HF_HUB_OFFLINE=1 nothing is asked of the network. overrides: options of the model, as in `create_model`. Its
+    `preprocessing` is what was saved beside it, its `files` the paths of what lies there.
 
     Nothing is unpickled and nothing that the folder names is imported. Raises ValueError when the weights' sha256 is
     not the config's (both are printed), for unknown names and for tensors that do not fit, by name.
@@ -105,7 +106,9 @@ def start_from(model: nn.Module, source: str | Path, *, cache_dir: str | Path | 
 
 def find_saved(source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Saved:
     """Where a source lies, downloaded if need be. Raises ValueError for what is nowhere."""
-    path, text = Path(source), str(source)
+    path, text = Path(source).expanduser(), str(source)
+    if not (path / CONFIG).is_file() and (path / _OF_A_RUN / CONFIG).is_file():
+        return Saved(path / _OF_A_RUN, None)
     if isinstance(source, Path) or (path / CONFIG).is_file():
         return Saved(path, None)
     if split_name(text)[0] in list_models():

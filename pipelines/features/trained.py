@@ -42,14 +42,12 @@ def load_trained(cfg: dict[str, Any], run_dir: Path) -> Trained:
 
 def _saved(name: str) -> Trained:
     from ...zoo import model_info
-    from ...zoo._files import CONFIG, WEIGHTS, file_sha256
+    from ...zoo._files import WEIGHTS, file_sha256
     from ...zoo._loading import find_saved, load_model
 
-    folder = Path(name).expanduser() / "model"
-    source: str | Path = folder if (folder / CONFIG).is_file() else name  # a run exports its model there
     try:
-        net: Any = load_model(source)
-        digest = file_sha256(find_saved(source).folder / WEIGHTS)
+        net: Any = load_model(name)
+        digest = file_sha256(find_saved(name).folder / WEIGHTS)
     except (ValueError, OSError) as error:
         raise UserError(f"model.pretrained={name}: {error}") from error
     schema = dict(net.preprocessing)

@@ -5,6 +5,9 @@ import json
 import logging
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -332,8 +335,9 @@ def test_links_are_followed(saved, tmp_path):
 
 def test_not_a_folder_of_ours(tmp_path, saved):
     _, folder = saved
-    with pytest.raises(ValueError, match=r"no config\.json; the folder model in it is one"):
-        load_model(tmp_path)
+    shutil.copytree(folder, tmp_path / "some" / "mine")
+    with pytest.raises(ValueError, match=r"no config\.json; the folder mine in it is one"):
+        load_model(tmp_path / "some")
     with pytest.raises(ValueError, match="made by create_model"):
         save_model(torch.nn.Linear(1, 1), tmp_path)
     (folder / "model.safetensors").unlink()
@@ -386,3 +390,18 @@ def test_the_files_of_a_saved_model_are_as_open_as_the_umask_lets_them(tmp_path)
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "model").iterdir()} == dict.fromkeys(
         ("config.json", "model.safetensors", "README.md"), "0o640"
     )
+
+
+def test_the_folder_of_a_run_names_its_model(tmp_path):
+    save_model(create_model("gla_tiny", dim=16, depth=1), tmp_path / "run" / "model")
+    for source in (tmp_path / "run", str(tmp_path / "run"), tmp_path / "run" / "model"):
+        assert load_model(source).config["options"]["dim"] == 16
+    save_model(create_model("gla_tiny", dim=32, depth=1), tmp_path / "run")  # a saved model that holds another
+    assert load_model(tmp_path / "run").config["options"]["dim"] == 32
+
+
+def test_loading_does_not_import_the_compiler(tmp_path):
+    save_model(create_model("gla_tiny", dim=16, depth=1), tmp_path / "model")
+    code = f"import sys, seqzoo; seqzoo.load_model({str(tmp_path / 'model')!r}); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
