@@ -17,6 +17,7 @@ from seqzoo.blocks.backbone import Backbone
 from seqzoo.zoo import _files as files
 from seqzoo.zoo import create_model, load_backbone, load_model, read_config, save_model
 from seqzoo.zoo._files import file_sha256
+from seqzoo.zoo._limits import BoundedBuilding
 
 
 @pytest.fixture
@@ -405,3 +406,24 @@ def test_loading_does_not_import_the_compiler(tmp_path):
     code = f"import sys, seqzoo; seqzoo.load_model({str(tmp_path / 'model')!r}); print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(1 << 44),
+        lambda: torch.zeros(3).repeat(10**6, 10**7),
+        lambda: torch.zeros(1 << 22, 1) * torch.zeros(1, 1 << 22),
+        lambda: [torch.zeros(1 << 20) for _ in range(10_000)],
+    ],
+    ids=["a factory", "a repeat", "an outer product", "many small ones"],
+)
+def test_building_is_bounded_before_anything_is_allocated(make):
+    with pytest.raises(ValueError, match="asks for a model of at least"), BoundedBuilding(1000, 1, "some/file"):
+        make()
+
+
+def test_what_a_model_needs_is_not_bounded():
+    with BoundedBuilding(1 << 20, 10, "some/file"):
+        kept = [torch.randn(256, 256).exp() for _ in range(50)]
+    assert len(kept) == 50
