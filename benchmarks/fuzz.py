@@ -4,7 +4,7 @@
 
 hypothesis makes the edits of small intact files and shrinks what escapes; a process beside this one reads them, at most
 20 seconds of CPU and 1 GiB more memory for a case. What was found is written to tests/data/fuzz/, the counts to
-benchmarks/results/fuzz.json; tests/house/test_hostile.py reads all of tests/data/fuzz/ again.
+benchmarks/results/fuzz.json; tests/house/test_hostile_data.py reads all of tests/data/fuzz/ again.
 """
 
 from __future__ import annotations

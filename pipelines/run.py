@@ -18,11 +18,12 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMon
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from .checkpoints import AtomicCheckpointIO, LastCheckpoint, SafeModelCheckpoint, load_checkpoint
+from .checkpoints import AtomicCheckpointIO, SafeModelCheckpoint, load_checkpoint
 from .errors import UserError, user_errors
 from .failures.explain import explained
 from .history import Continued, MetricsLog
 from .instantiate import safe_instantiate
+from .last_checkpoint import LastCheckpoint
 from .loading import set_worker_timeout
 from .progress import progress_callback
 from .reports import export, report_fit, report_validation

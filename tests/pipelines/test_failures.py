@@ -20,13 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from seqzoo.blocks.backbone import Backbone
 from seqzoo.pipelines import stopping
-from seqzoo.pipelines.checkpoints import AtomicCheckpointIO, LastCheckpoint, load_checkpoint
+from seqzoo.pipelines.checkpoints import AtomicCheckpointIO, load_checkpoint
 from seqzoo.pipelines.failures import workers
 from seqzoo.pipelines.failures.explain import explained
 from seqzoo.pipelines.failures.memory import OutOfMemory, explain_memory, is_out_of_memory, memory_errors, saved_bytes
 from seqzoo.pipelines.failures.nonfinite import NonFiniteError
 from seqzoo.pipelines.failures.steps import Step, run_again, shapes
 from seqzoo.pipelines.failures.workers import WorkerError
+from seqzoo.pipelines.last_checkpoint import LastCheckpoint
 from seqzoo.pipelines.loading import IndexSampler, ResumableLoader, loader_options, set_worker_timeout
 from seqzoo.pipelines.training import TrainingModule, _clip_by_norm
 
