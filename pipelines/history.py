@@ -123,6 +123,7 @@ class MetricsLog(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        self._begin()  # a training that had ended logs nothing more
         self.save()
 
     def _begin(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import resume, stopping
+from .atomic import atomic_path
 from .checkpoints import SafeModelCheckpoint
 from .failures.workers import is_worker_failure
 from .loading import ResumableLoader
@@ -28,9 +30,21 @@ class LastCheckpoint(SafeModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             save_on_train_epoch_end=True,
         )
-        self._trainer: Any = None
+        self._trainer: Any = None  # of a training that has begun
+        self._source: Path | None = None  # what it goes on from
         self._place = ""  # of the training, while a checkpoint is made
         self._before_validation: dict[str, Any] | None = None  # the random states, where a validation follows
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._source = None if self._resumed_from is None else Path(trainer.ckpt_path)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Of a training that had ended nothing is trained: its checkpoint comes along."""
+        target = Path(self.dirpath or ".") / "last.ckpt"
+        if self._trainer is None and self._source is not None and self._writes and not target.exists():
+            with atomic_path(target) as temporary:
+                shutil.copyfile(self._source, temporary)
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # there is one file, whatever was before

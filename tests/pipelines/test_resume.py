@@ -197,6 +197,15 @@ def test_other_pipelines(task: str, tmp_path: Path, differences: Any) -> None:
         assert differences(tmp_path / "whole", rest) == [], moment
 
 
+def test_a_finished_run_that_goes_on_has_all_files_too(
+    whole: Path, waves: Path, tmp_path: Path, differences: Any
+) -> None:
+    """As after a kill between the last checkpoint and the report."""
+    last = f"ckpt_path={whole}/checkpoints/last.ckpt"
+    assert fit(tmp_path / "again", *WAVES, f"data.path={waves}", last) == 0
+    assert differences(whole, tmp_path / "again") == []
+
+
 # Signals ------------------------------------------------------------------------------------------------------------
 
 
