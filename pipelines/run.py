@@ -132,6 +132,7 @@ def _fit(task: Any, cfg: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any],
     if best is not None:
         weights = load_checkpoint(Path(best))["state_dict"]
         module.load_state_dict(weights)
+    module.eval()  # reports run it outside of the trainer's loops: no dropout there
     if trainer.is_global_zero:
         export(module, run_dir)
         metrics.update(report_fit(trainer, module, run_dir))
@@ -152,7 +153,7 @@ def _best_path(trainer: L.Trainer) -> str | None:
 
 def _evaluate(task: Any, command: str, cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     path, checkpoint = _trained(command, cfg, run_dir)
-    module = task.load_module(checkpoint, path, cfg)
+    module = task.load_module(checkpoint, path, cfg).eval()
     trainer = build_trainer(cfg, run_dir, fitting=False)
     if command == "predict" and not (trainer.is_global_zero or getattr(task, "SHARES_PREDICTIONS", False)):
         return {}  # torchrun or srun started this process; the first one predicts for all

@@ -14,6 +14,8 @@ CAUSES = ("missing", "empty", "not audio", "cut off", "not finite", "channels", 
 # Hz. Below and above are damaged headers; ultrasonic recorders reach 1.5 MHz, infrasound is kept at 100 Hz.
 LEAST_RATE, MOST_RATE = 100, 6_144_000
 
+READ = "read are WAV, FLAC, OGG, MP3, AIFF"
+
 # Sizes that a writer leaves in the header when it does not know the end: a pipe, a recorder that was killed.
 _UNKNOWN_SIZES = {0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0x7FFFF000, 0xFFFFF000}
 _OTHERS = (  # where, what, kind: files that people take for audio and that libsndfile does not read
@@ -61,16 +63,16 @@ def check_head(file: BinaryIO, name: str) -> None:
     """
     head = file.read(512)
     if not head:
-        raise AudioError(f"{name} is empty (0 bytes)", "empty")
+        raise AudioError(f"{name} is empty (0 bytes): copy or record it again; {READ}", "empty")
     for place, mark, kind in _OTHERS:
         if head[place : place + len(mark)] == mark:
             raise AudioError(
-                f"{name} is {kind}; read are WAV, FLAC, OGG, MP3, AIFF: `ffmpeg -i FILE FILE.flac` converts",
+                f"{name} is {kind}; {READ}: `ffmpeg -i FILE FILE.flac` converts",
                 "not audio",
             )
     if _is_text(head):
         start = " ".join(head[:40].decode("utf-8", "replace").split())
-        raise AudioError(f"{name} is a text file, not audio: it begins with {start!r}", "not audio")
+        raise AudioError(f"{name} is a text file, not audio: it begins with {start!r}; {READ}", "not audio")
     if head.startswith(b"OggS") and not _last_page_is_whole(file):
         raise AudioError(f"{name} is cut off: its last page is not whole", "cut off")
     riff = riff_head(file)

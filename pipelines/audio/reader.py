@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import UserError, check_whole, nearest, one_line
 from ..failures.workers import reading
-from .faults import LEAST_RATE, MOST_RATE, AudioError, check_head, check_log, missing_error, rate_error
+from .faults import LEAST_RATE, MOST_RATE, READ, AudioError, check_head, check_log, missing_error, rate_error
 from .mp3 import mp3_length
 
 if TYPE_CHECKING:
@@ -306,8 +306,7 @@ class AudioReader:
         except (soundfile.SoundFileError, TypeError) as error:  # a .raw file: no header, so soundfile asks for a rate
             why = getattr(error, "error_string", "") or "no header that says what it is"
             raise AudioError(
-                f"{self.name} is not audio that can be read ({one_line(why).rstrip('.')}); read are WAV, FLAC, OGG, "
-                "MP3, AIFF",
+                f"{self.name} is not audio that can be read ({one_line(why).rstrip('.')}); {READ}",
                 "not audio",
             ) from None
 
@@ -320,7 +319,7 @@ class AudioReader:
         if file.format == "MP3":
             frames = self._mp3_frames(frames, rate)
         if frames < 1:
-            raise AudioError(f"{self.name} is empty: a header and no samples", "empty")
+            raise AudioError(f"{self.name} is empty: a header and no samples; copy or record it again", "empty")
         if isinstance(self.channels, int) and channels != self.channels:
             raise AudioError(
                 f"{self.name} has {channels} channel(s), channels={self.channels} asked for; 'mono' mixes them, 'all' "

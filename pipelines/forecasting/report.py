@@ -145,7 +145,6 @@ def draw(module: ForecastModule, data: ForecastData, results: dict[str, Any], ru
     """forecast.png (a window from the middle of the test part) and horizon.png."""
     from ..pictures import plot_error_by_horizon, plot_forecasts
 
-    module.eval()
     dataset = data.dataset("test")
     batch = dataset.__getitems__([len(dataset) // 2])
     point, levels = forecast_batch(module, batch)

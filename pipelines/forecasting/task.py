@@ -122,7 +122,6 @@ def predict(trainer: Any, module: ForecastModule, cfg: dict[str, Any], run_dir: 
     if module.schema.get("any_series"):
         keys += ["targets", "freq"]
     data = ForecastData.for_prediction(given["path"], module.schema, **{k: given[k] for k in keys if k in given})
-    module.eval()
     module.season, module.scaler = seasonality(data.table.freq), data.scaler
     frame, example = forecast_all(module, data)
     write_frame(frame, output)

@@ -130,7 +130,6 @@ def _probe(module: LanguageModule, data: TextData, cfg: dict[str, Any], run_dir:
     task = cfg["task"]
     if not task["probes"]:
         return []
-    module.eval()
     options = {"samples": task["probe_samples"], "seed": cfg["seed"]}
     rows = run_probes(module.net, data.tokenizer, task["probes"], task["probe_lengths"], **options)
     print_table(rows, title="probes: share of right answers (of texts) and right tokens (of token tasks)")

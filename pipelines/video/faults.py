@@ -21,6 +21,7 @@ _OTHERS = (  # where, what, kind: files that are no video, or none yet
 )
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv", ".gif")
 
+_READ = "read is what FFmpeg decodes, such as MP4, MKV, WebM, MOV, AVI"
 _MOST_OF_A_KIND = 4
 _said: set[tuple[str, str]] = set()
 _kinds: list[str] = []
@@ -90,17 +91,17 @@ def missing_error(path: Path) -> VideoError:
 def _check_head(file: BinaryIO, name: str) -> None:
     head = file.read(512)
     if not head:
-        raise VideoError(f"{name} is empty (0 bytes)", "empty")
+        raise VideoError(f"{name} is empty (0 bytes): copy or record it again; {_READ}", "empty")
     for place, mark, kind in _OTHERS:
         if head[place : place + len(mark)] == mark:
-            raise VideoError(f"{name} is {kind}", "not video")
+            raise VideoError(f"{name} is {kind}; {_READ}", "not video")
     if not head.strip(b"\0"):
         file.seek(0)
         if not any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b"")):
             raise VideoError(f"{name} holds zero bytes and nothing else: a copy that never finished?", "not video")
     if _is_text(head):
         start = " ".join(head[:40].decode("utf-8", "replace").split())
-        raise VideoError(f"{name} is a text file, not a video: it begins with {start!r}", "not video")
+        raise VideoError(f"{name} is a text file, not a video: it begins with {start!r}; {_READ}", "not video")
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
         _check_boxes(file, name)
 

@@ -111,6 +111,19 @@ def test_pictures_are_drawn(fitted):
         assert (run_dir / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_no_dropout_where_a_report_runs_the_model(command, fitted, table, tmp_path, monkeypatch):
+    """Lightning gives a module back as it was before its loop: in training."""
+    from seqzoo.pipelines.forecasting import task
+
+    modes = []
+    name = "predict" if command == "predict" else "report"
+    monkeypatch.setattr(task, name, lambda trainer, module, *given: modes.append(module.training) or {})
+    options = ["trainer.max_steps=1"] if command == "fit" else [f"ckpt_path={fitted[0]}/checkpoints/last.ckpt"]
+    run(command, tmp_path / "run", f"data.path={table}", *options)
+    assert modes == [False]
+
+
 def test_the_test_command_gives_the_same_scores(fitted, table, tmp_path):
     run_dir, metrics = fitted
     for batch_size in (1, 7, 64):

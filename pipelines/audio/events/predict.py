@@ -38,7 +38,7 @@ def predict(trainer: Any, module: AudioEventModule, cfg: dict[str, Any], run_dir
     output = check_output(cfg.get("output") or run_dir / "events.csv")
     files = _files(cfg["data"].get("path"))
     names, columns = _asked(module, cfg.get("query"))
-    module.to(trainer.strategy.root_device).eval()
+    module.to(trainer.strategy.root_device)
     rows: list[dict[str, Any]] = []
     failed: list[AudioError] = []
     heard, began = 0.0, time.perf_counter()

@@ -47,7 +47,7 @@ def predict(trainer: Any, module: VideoGroundingModule, cfg: dict[str, Any], run
             f"here they are {scorer.key}"
         )
     vectors = [scorer.encode_query(query) for query in queries]
-    module.to(trainer.strategy.root_device).eval()
+    module.to(trainer.strategy.root_device)
     bad = BadFiles([str(file) for file in files])
     rows: list[dict[str, Any]] = []
     watched, began = 0.0, time.perf_counter()
