@@ -42,7 +42,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))[:3] if folder.is_dir() else []
         hint = f"; the folder {near[0]} in it is one" if near else ""
-        raise ValueError(f"{folder} is not a saved model: it has no {CONFIG}{hint}")
+        raise ValueError(f"{folder} is not a saved model: it has no {CONFIG}{hint or '; save_model writes one'}")
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
         raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_CONFIG_BYTES:,} of any config; it is not read")
@@ -53,7 +53,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not an object with name and options")
     if not isinstance(config.get("name"), str):
-        raise ValueError(f"{path} has no model name")
+        raise ValueError(f'{path} has no model name: save_model writes it, as "name": "patch_tiny"')
     version = config.get("schema_version", 1)
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(
@@ -110,9 +110,12 @@ def _check_header(path: Path) -> None:
         if len(start) < 8 or length > size - 8:
             # a header's length may begin with the same bytes, but then it fits into the file
             if start[:2] == b"PK" or start[:1] == b"\x80":
-                raise ValueError(f"{path} is a pickle under the name of a safetensors file; it is not opened")
+                raise ValueError(
+                    f"{path} is a pickle under the name of a safetensors file; it is not opened: save_model writes none"
+                )
             raise ValueError(
-                f"{path} is cut off or no safetensors file: its header claims {length:,} bytes, the file has {size:,}"
+                f"{path} is cut off or no safetensors file: its header claims {length:,} bytes, the file has {size:,}; "
+                "fetch it again"
             )
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path} is no safetensors file: its header claims {length:,} bytes; it is not read")
@@ -124,7 +127,7 @@ def _check_header(path: Path) -> None:
     if max(ends, default=0) != size - 8 - length:
         raise ValueError(
             f"{path} is cut off or overlong: its tensors need {8 + length + max(ends, default=0):,} bytes, "
-            f"the file has {size:,}"
+            f"the file has {size:,}; fetch it again"
         )
 
 

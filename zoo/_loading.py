@@ -140,7 +140,7 @@ def _restore(saved: Saved, overrides: Mapping[str, Any]) -> nn.Module:
     config = read_config(saved.folder)
     weights = saved.folder / WEIGHTS
     if not weights.is_file():
-        raise ValueError(f"{saved.folder} has no {WEIGHTS}")
+        raise ValueError(f"{saved.folder} has no {WEIGHTS}: copy the whole folder that save_model wrote")
     _check_sha256(weights, config.get("sha256"), "its config")
     if saved.sha256 is not None:
         _check_sha256(weights, saved.sha256, "its record")
@@ -165,7 +165,7 @@ def _restore(saved: Saved, overrides: Mapping[str, Any]) -> nn.Module:
 def _check_sha256(path: Path, expected: Any, whose: str) -> None:
     found = file_sha256(path)
     if found != expected:
-        raise ValueError(f"{path} has sha256 {found}, {whose} says {expected}; it is not loaded")
+        raise ValueError(f"{path} has sha256 {found}, {whose} says {expected}; it is not loaded: fetch it again")
 
 
 def without_sources(options: Any) -> Any:
