@@ -165,8 +165,10 @@ def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def _positive(std: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """std with 1 for a column without spread (of constants that float32 cannot sum exactly, too)."""
-    return np.where(np.nan_to_num(std) > 1e-10 * np.maximum(np.abs(mean), 1e-30), std, 1.0)
+    """std with 1 for a column without spread (of constants that float32 cannot sum exactly, too), and where 1 / std is
+    infinite in float32."""
+    least = np.maximum(1e-10 * np.abs(mean), np.finfo(np.float32).tiny)
+    return np.where(np.nan_to_num(std) > least, std, 1.0)
 
 
 def _static_statistics(static: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
