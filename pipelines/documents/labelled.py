@@ -90,21 +90,25 @@ def load_unlabelled(
 
 def split_documents(keys: Sequence[str], labels: Sequence[str], ratio: Sequence[float], seed: int) -> np.ndarray:
     """ "train", "val" or "test" for each document: within each label the documents are put into a seeded order, the
-    first part is for the test, the next for validation. Documents of equal text (key) go together.
+    first part is for the test, the next for validation. Documents of equal text (key) go together, those of several
+    labels with the ones of the first of these.
 
     Every label has a document in each part of ratio above 0. Raises UserError for a label with too few.
     """
     stage = np.full(len(keys), "train", dtype="<U5")
     share = np.array([ratio[2], ratio[1]]) / sum(ratio)
     needed = 1 + int((share > 0).sum())
-    by_label: dict[str, dict[str, list[int]]] = {}
-    for number, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        by_label.setdefault(label, {}).setdefault(key, []).append(number)
+    by_label: dict[str, dict[str, list[int]]] = {label: {} for label in labels}
+    first: dict[str, str] = {}
+    for key, label in zip(keys, labels, strict=True):
+        first[key] = min(first.get(key, label), label)
+    for number, key in enumerate(keys):
+        by_label[first[key]].setdefault(key, []).append(number)
     for label, groups in by_label.items():
         if len(groups) < needed:
             raise UserError(
-                f"the label {label!r} has {len(groups)} different document(s); a split into {needed} parts needs "
-                f"{needed}: give more, or splits of your own (folders or a split column), or data.split_ratio"
+                f"the label {label!r} has {len(groups)} different document(s) of its own; a split into {needed} parts "
+                f"needs {needed}: give more, or splits of your own (folders or a split column), or data.split_ratio"
             )
         order = sorted(groups, key=lambda key: _digest(seed, key))
         test, val = (max(1, round(part * len(order))) if part > 0 else 0 for part in share)

@@ -112,7 +112,7 @@ def load_corpus(
         "separator": separator,
         "split_ratio": ratio,
         "limit": limit,
-        "format": 2,
+        "format": 3,
     }
     if text.startswith("hf:"):
         name = text.removeprefix("hf:")

@@ -176,7 +176,8 @@ def _place_to_cut(content: Any, begin: int, near: int) -> int:
 
 def assign(names: Sequence[str], sizes: Sequence[int], ratio: Sequence[float]) -> np.ndarray:
     """Index into SPLITS of each document, uint8 (N,): in the order of a hash of their names, train, val and test get
-    documents until their parts of the bytes are reached; each part that is wanted gets at least one.
+    documents until their parts of the bytes are reached; each part that is wanted gets at least one, train first and
+    test last where there are fewer documents than parts.
 
     A function of names and sizes alone, so that a corpus splits in the same way everywhere.
     """
@@ -193,7 +194,7 @@ def _assign(digests: np.ndarray, sizes: np.ndarray, ratio: Sequence[float]) -> n
     # From the back, so that a small test part is not what is left over.
     for part in (2, 1):
         wanted, taken = ratio[part] / sum(ratio) * total, 0
-        keep = 1 if ratio[0] > 0 else 0
+        keep = sum(share > 0 for share in ratio[:part])  # one for each part that is still to come
         while left > keep and (taken + sizes[number := order[left - 1]] / 2 < wanted or (taken == 0 and wanted > 0)):
             left -= 1
             split[number], taken = part, taken + int(sizes[number])
