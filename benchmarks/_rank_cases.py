@@ -17,13 +17,14 @@ TONES = {"low": 200, "middle": 500, "high": 1100, "top": 1700}
 
 class Case(NamedTuple):
     """overrides: of the command. data: the file or folder of `fill`. answers: whether `predict` is shared out. what: is
-    special about it."""
+    special about it. cut: whether a row may be cut (trainer=context_parallel)."""
 
     name: str
     overrides: str
     data: str
     what: str
     answers: bool = False
+    cut: bool = False
 
 
 _TINY = "model.dim=16 model.depth=1 model.proj_drop=0"
@@ -57,6 +58,22 @@ CASES = [
         f"{_TEXT} mixer=softmax mixer.num_heads=2 +model.causal=false task.objective=masked",
         "texts",
         "masked tokens",
+    ),
+    Case(
+        "text: whole rows",
+        f"{_TEXT} data.seq_len=17 data.whole_rows=true model=hybrid_tiny model.depth=4 +model.ngram_size=64 "
+        "trainer.accumulate_grad_batches=2 task.test_protocols=[rows]",
+        "texts",
+        "Mamba-2, softmax, n-grams; parts of 9 and 8 tokens; two batches a step",
+        cut=True,
+    ),
+    Case(
+        "text: masked whole rows",
+        f"{_TEXT} data.seq_len=17 data.whole_rows=true mixer=gla mixer.num_heads=2 +model.causal=false "
+        "task.objective=masked",
+        "texts",
+        "a mixer from both ends, masked tokens; parts of 9 and 8 tokens",
+        cut=True,
     ),
     Case(
         "documents",

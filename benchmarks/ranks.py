@@ -1,13 +1,14 @@
 """Two processes against one: weights after some steps, metrics, and the samples of every pipeline.
 
-    python benchmarks/ranks.py [--steps 5] [--cases text documents ...] [--strategies ddp fsdp]
+    python benchmarks/ranks.py [--steps 5] [--cases text documents ...] [--strategies ddp fsdp context_parallel]
 
 Every case of _rank_cases.py is trained for so many steps by `fit`, by one process with batches of 8 and by two (gloo,
-on the CPU) with batches of 4: the same rows, gradients clipped, SGD with momentum. (Adam divides by the size of a
-gradient: where that is 0 but for rounding, as that of the bias of softmax keys, its step is as large as any.) Given are
-the largest difference of a weight or running statistic, and of the exported models; the largest difference of a figure
-of `test` on the checkpoint of one process by one and by two; the samples that were tested; and whether the files that
-`predict` writes are the same bytes. Writes benchmarks/results/ranks.json and .md.
+on the CPU) with batches of 4, or with halves of the rows of 8 (context_parallel): the same rows, gradients clipped, SGD
+with momentum. (Adam divides by the size of a gradient: where that is 0 but for rounding, as that of the bias of softmax
+keys, its step is as large as any.) Given are the largest difference of a weight or running statistic, and of the
+exported models; the largest difference of a figure of `test` on the checkpoint of one process by one and by two; the
+samples that were tested; and whether the files that `predict` writes are the same bytes. Writes
+benchmarks/results/ranks.json and .md.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def run(command: str, case: Case, data: Path, run_dir: Path, steps: int, *, rank
     """What a command returns in this process, which is one of `ranks`."""
     from seqzoo.pipelines.run import execute
 
-    options = [f"data.batch_size={BATCH // ranks}", f"data.steps={steps}"]
+    each = BATCH if strategy == "context_parallel" else BATCH // ranks
+    options = [f"data.batch_size={each}", f"data.steps={steps}"]
     options += [f"trainer={strategy}", f"trainer.devices={ranks}"] if ranks > 1 else []
     if command != "fit":
         options.append(f"ckpt_path={run_dir.parent / 'one-fit' / 'checkpoints' / 'last.ckpt'}")
@@ -118,7 +120,7 @@ def compare(
     def both(rank: int) -> dict[tuple[str, str], Any]:
         found: dict[tuple[str, str], Any] = {}
         for case in cases:
-            for strategy in strategies:
+            for strategy in fitting(case, strategies):
                 commands = words(case) if strategy == "ddp" else ["fit"]
                 try:
                     for word in commands:
@@ -139,8 +141,13 @@ def compare(
     return [
         row(case, strategy, alone[case.name], pairs[case.name, strategy], folders[case.name])
         for case in cases
-        for strategy in strategies
+        for strategy in fitting(case, strategies)
     ]
+
+
+def fitting(case: Case, strategies: Sequence[str]) -> list[str]:
+    """Of the strategies those that a case is for."""
+    return [strategy for strategy in strategies if case.cut or strategy != "context_parallel"]
 
 
 def words(case: Case) -> list[str]:
@@ -214,7 +221,7 @@ def page(rows: Sequence[dict[str, Any]], steps: int) -> str:
         "# One process and two",
         "",
         f"`python benchmarks/ranks.py --steps {steps}`: {steps} steps of {BATCH} rows by one process, and of "
-        f"{BATCH // WORLD} in each of two (gloo, CPU).",
+        f"{BATCH // WORLD} in each of two (gloo, CPU); with context_parallel of {BATCH} in both, half of each.",
         "",
         "| pipeline | strategy | what | weights | largest difference | exported | `test` | tested | `predict` |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -239,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--cases", nargs="*", help="names of cases; all")
-    parser.add_argument("--strategies", nargs="*", default=["ddp", "fsdp"])
+    parser.add_argument("--strategies", nargs="*", default=["ddp", "fsdp", "context_parallel"])
     parser.add_argument("--folder", type=Path, default=RESULTS)
     given = parser.parse_args()
     chosen = [case for case in CASES if not given.cases or case.name in given.cases]

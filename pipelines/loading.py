@@ -46,13 +46,21 @@ class IndexSampler(DistributedSampler[Any]):
     shuffle=True (training): an endless stream of permutations, each a function of (seed, its number) alone,
     cut into batches; epoch e takes the batches from e * len on. By default an epoch is one permutation; with
     `steps` it has that many batches, and every item still comes once before any comes twice. A permutation
-    costs 4 or 8 bytes an item.
+    costs 4 or 8 bytes an item. With several processes each takes its share of every step, or with `shared` all
+    take the same batches.
 
     Lightning recognises the base class and leaves the splitting to this one.
     """
 
     def __init__(
-        self, size: int, batch_size: int, *, shuffle: bool = False, seed: int = 0, steps: int | None = None
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        steps: int | None = None,
+        shared: bool = False,
     ) -> None:
         # The base constructor would ask for the process group now; here that happens when it is needed.
         for name, value in (("batch_size", batch_size), ("steps", 1 if steps is None else steps)):
@@ -65,6 +73,7 @@ class IndexSampler(DistributedSampler[Any]):
             seed,
             steps,
         )
+        self.shared = shared
         self.epoch = 0
         self.position = 0  # the batch of this epoch that comes first; not 0 only after a resume
         self._order: tuple[int, np.ndarray] | None = None
@@ -74,14 +83,23 @@ class IndexSampler(DistributedSampler[Any]):
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
 
+    @property
+    def rows(self) -> int:
+        """Items of a training step of all processes."""
+        return self.batch_size * self._part()[1]
+
+    def _part(self) -> tuple[int, int]:
+        """Which of how many parts of each step this process takes."""
+        return (0, 1) if self.shared else _process()
+
     def __len__(self) -> int:
-        rank, world = _process()
+        rank, world = self._part()
         if self.shuffle:
             return (self.steps or -(-self._batches // world)) if self.size else 0
         return max(-(-(self._batches - rank) // world), 0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        rank, world = _process()
+        rank, world = self._part()
         length, begin = len(self), self.position
         self.position = 0
         for step in range(begin, length):

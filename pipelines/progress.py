@@ -147,7 +147,9 @@ class SeqzooProgress(ProgressBar):
 
     def _step(self, batch: Any, done: int, total: float) -> None:
         self.rate.unit = "tokens" if isinstance(batch, dict) and "tokens" in batch else "samples"
-        self.rate.add(batch_size_of(batch) * self.trainer.world_size)
+        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+        same = self.trainer.training and getattr(sampler, "shared", False)
+        self.rate.add(batch_size_of(batch) * (1 if same else self.trainer.world_size))
         if self.enabled:
             self.advance(done, total)
 

@@ -6,6 +6,8 @@ what each of them goes back from is its part of the loss of the whole batch, wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -16,6 +18,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..blocks.layers.ranks import num_ranks, share_batch_norms
+from ..blocks.sequence_parallel import sequence_parallel, split_batch
+from .context_parallel import ContextParallelStrategy
 from .errors import UserError
 from .failures.steps import WatchedModule
 from .loading import IndexSampler
@@ -36,6 +40,18 @@ class RankedModule(WatchedModule):
         share = (ranks * own / sums[1].clamp_min(1)).to(loss.dtype)
         return loss * share, (sums[0] / sums[1].clamp_min(1)).to(loss.dtype), sums[1]
 
+    @contextmanager
+    def own_part(self, batch: dict[str, Any], *keys: str) -> Iterator[dict[str, Any]]:
+        """Within it the model is given this process's part of each row: with trainer=context_parallel the tensors
+        (B, T, ...) named by `keys` are cut along T, else the batch is what it was."""
+        strategy = self._trainer and self._trainer.strategy
+        if not isinstance(strategy, ContextParallelStrategy):
+            yield batch
+            return
+        exchange = strategy.sequence(batch[keys[0]].shape[1])
+        with sequence_parallel(self.net, exchange):  # type: ignore[arg-type]
+            yield split_batch(batch, keys, exchange)
+
     def sum_over_ranks(self, flat: Tensor) -> Tensor:
         """The sum of a vector over all processes, on the CPU."""
         total = flat.to(self.device, copy=True)
@@ -47,6 +63,8 @@ class RankedModule(WatchedModule):
         """Statistics of batch norms are of the rows of all processes; with trainer=fsdp weights are shared out."""
         trainer = self._trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.world_size == 1:
+            return
+        if isinstance(trainer.strategy, ContextParallelStrategy):
             return
         share_batch_norms(self)
         from .sharding import ShardedStrategy, shard
@@ -80,7 +98,7 @@ class RankedModule(WatchedModule):
     def save_ranks(self, checkpoint: dict[str, Any]) -> None:
         """The random state of every process, and how many rows of how many processes a step has."""
         sampler = getattr(self.trainer.train_dataloader, "sampler", None)
-        rows = sampler.batch_size * num_ranks() if isinstance(sampler, IndexSampler) else None
+        rows = sampler.rows if isinstance(sampler, IndexSampler) else None
         checkpoint["ranks"] = {"number": num_ranks(), "rows": rows}
         if num_ranks() > 1:
             cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -96,9 +114,9 @@ class RankedModule(WatchedModule):
                 group["fused"] = False  # a checkpoint of another strategy brings its own
         if saved is not None and saved["number"] != ranks:
             sampler = getattr(self.trainer.train_dataloader, "sampler", None)
-            here = sampler.batch_size * ranks if isinstance(sampler, IndexSampler) else None
+            here = sampler.rows if isinstance(sampler, IndexSampler) else None
             if saved["rows"] != here:
-                each, rest = divmod(saved["rows"] or 0, ranks)
+                each, rest = divmod(saved["rows"] or 0, 1 if getattr(sampler, "shared", False) else ranks)
                 fits = f"data.batch_size={each}" if each and not rest else f"trainer.devices={saved['number']}"
                 raise UserError(
                     f"the checkpoint is of {saved['number']} process(es) with {saved['rows']} rows a step, here are "

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from .checkpoints import AtomicCheckpointIO, SafeModelCheckpoint, load_checkpoint
+from .context_parallel import check_context_parallel, is_context_parallel
 from .errors import UserError, user_errors
 from .failures.explain import explained
 from .history import Continued, MetricsLog
@@ -102,10 +103,18 @@ def _quieten() -> None:
 
 def _fit(task: Any, cfg: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], L.Trainer]:
     resume = find_checkpoint(cfg["ckpt_path"], cfg, run_dir) if cfg.get("ckpt_path") else None
+    shared = is_context_parallel(cfg)
+    if shared and not getattr(task, "SHARES_SEQUENCES", False):
+        raise UserError(
+            f"trainer=context_parallel trains task=text alone, not {cfg['task']['name']!r}: use trainer=ddp or "
+            "trainer=fsdp"
+        )
     with user_errors():
         data = task.build_data(cfg)
         data.setup("fit")
         module = task.build_module(cfg, data)
+        if shared:
+            check_context_parallel(module.net, cfg["trainer"])
         continued = None
         if resume is not None:
             saved = load_checkpoint(resume)

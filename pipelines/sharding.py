@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..blocks.block import Block
 from ..zoo.selective_s4 import LongShortContrast, SelectiveS4
+from .context_parallel import ContextParallelStrategy
 from .errors import UserError
 
 
@@ -34,8 +35,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def create_strategy(name: Any) -> Any:
-    """`trainer.strategy` as Lightning takes it: "fsdp" is ours, all others are its own."""
-    return ShardedStrategy() if name == "fsdp" else name
+    """`trainer.strategy` as Lightning takes it: "fsdp" and "context_parallel" are ours, all others are its own."""
+    ours = {"fsdp": ShardedStrategy, "context_parallel": ContextParallelStrategy}
+    return ours[name]() if name in ours else name
 
 
 def shard(module: nn.Module, mesh: Any) -> None:

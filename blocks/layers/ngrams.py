@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..protocol import Exchange
 from .embeddings import TokenEmbedding
 from .rows import lay_out, take
 
@@ -27,6 +28,8 @@ class NGramEmbedding(TokenEmbedding):
     power of two. width: of a row. The state is the last max(orders) - 1 tokens, int64 (B, n), 0 for none and 1 + token.
     Raises ValueError for values outside these.
     """
+
+    exchange: Exchange | None = None  # see `Mixer`
 
     def __init__(
         self,
@@ -76,11 +79,16 @@ class NGramEmbedding(TokenEmbedding):
         layout = lay_out(mask, cu_seqlens, tokens.shape[1])
         rows = layout.place(tokens) + 1
         before = self.init_state(rows.shape[0], device=tokens.device) if state is None else state
+        if self.exchange is not None:
+            following = None if state is None else self.exchange.last(rows, self.history, state)
+            before = self.exchange.around(rows, self.history, initial=before)[:, : self.history]
         every = torch.cat((before, rows), 1)
         grams = self.map(torch.cat([t(h) for t, h in zip(self.tables, self._hashes(every, rows), strict=True)], -1))
         x = x + self.drop(layout.restore(grams.to(x.dtype)))
         if state is None:
             return x, None
+        if self.exchange is not None:
+            return x, following
         if layout.lengths is None:
             return x, every[:, every.shape[1] - self.history :]
         place = layout.lengths.unsqueeze(1) + torch.arange(self.history, device=tokens.device)

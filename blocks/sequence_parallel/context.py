@@ -47,7 +47,7 @@ def check_shareable(model: nn.Module) -> None:
             raise ValueError(
                 f"{name}: a batch norm takes statistics over all tokens; give norm='rmsnorm' or 'layernorm'"
             )
-        if hasattr(part, "read") and hasattr(part, "init_state"):
+        if hasattr(part, "read") and hasattr(part, "init_state") and not hasattr(part, "exchange"):
             raise ValueError(f"{name}: {type(part).__name__} looks back at earlier tokens, which another rank may hold")
 
 

@@ -30,12 +30,14 @@ class TextData(L.LightningDataModule):
     path: the sample "stdlib", a file, a folder, a pattern, or "hf:" and a dataset. tokenizer: "bytes" or a tokenizers
     JSON file. field, document_separator, hf_split, streaming, limit, cache_dir: see `load_corpus`. split_ratio: parts
     of train, val and test, by document. seq_len: tokens of a row. batch_size, eval_batch_size: rows. steps: training
-    batches in an epoch (default: all rows once). eval_stride: tokens between two windows of the sliding protocol.
+    batches in an epoch (default: all rows once). whole_rows: train on pieces of seq_len tokens alone, leaving out the
+    shorter ends of documents. eval_stride: tokens between two windows of the sliding protocol.
     num_workers: loader processes. seed: of the shuffling.
 
-    `carry_state` (False), `tested` (False: a fit needs no test documents), `wanted` (protocols by name, or "auto") and
-    `protocols` (those that the model can have) may be set before the loaders are made; the task does so. Raises
-    UserError in the constructor for arguments that make no sense, in `setup` for files that do not fit them.
+    `carry_state` (False), `shared` (False: processes take different training rows), `tested` (False: a fit needs no
+    test documents), `wanted` (protocols by name, or "auto") and `protocols` (those that the model can have) may be set
+    before the loaders are made; the task does so. Raises UserError in the constructor for arguments that make no sense,
+    in `setup` for files that do not fit them.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class TextData(L.LightningDataModule):
         eval_batch_size: int = 32,
         eval_stride: int | None = None,
         steps: int | None = None,
+        whole_rows: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str | Path | None = None,
@@ -86,6 +89,7 @@ class TextData(L.LightningDataModule):
         self.seq_len, self.batch_size, self.eval_batch_size = seq_len, batch_size, eval_batch_size
         self.eval_stride = eval_stride or max(seq_len // 2, 1)
         self.steps, self.num_workers, self.seed = steps, num_workers, seed
+        self.whole_rows, self.shared = whole_rows, False
         self.carry_state = False
         self.wanted: Any = "auto"
         self.tested = False
@@ -123,6 +127,8 @@ class TextData(L.LightningDataModule):
                     f"data.path={self.path}: no document for {needed}: {number} document(s), "
                     f"data.split_ratio={self.sources['split_ratio']}{hint}"
                 )
+        if stage == "fit" and (self.whole_rows or self.shared):
+            self._training_rows(self.dataset("train"))
 
     def schema(self) -> dict[str, Any]:
         """What a model needs to know of its data, and a later process to generate: plain values only."""
@@ -175,9 +181,31 @@ class TextData(L.LightningDataModule):
             sampler = IndexSampler(len(dataset), 1)  # type: ignore[arg-type]
         else:
             dataset = self.dataset("train")
-            size = len(dataset)  # type: ignore[arg-type]
-            sampler = IndexSampler(size, self.batch_size, shuffle=True, seed=self.seed, steps=self.steps)
+            sampler = IndexSampler(
+                self._training_rows(dataset),
+                self.batch_size,
+                shuffle=True,
+                seed=self.seed,
+                steps=self.steps,
+                shared=self.shared,
+            )
         return ResumableLoader(dataset, sampler=sampler, **loader_options(self.num_workers))
+
+    def _training_rows(self, dataset: Any) -> int:
+        """How many of the rows, from the first on, are trained on. Raises UserError where there are none, and where
+        rows are packed that are to be cut."""
+        if self.whole_rows and not dataset.whole:
+            longest = int(np.diff(self.corpus.bounds)[self.corpus.documents("train")].max()) - 1
+            raise UserError(
+                f"data.whole_rows=true, but no training document has data.seq_len={self.seq_len} tokens; the longest "
+                f"has {longest}"
+            )
+        if self.shared and not self.whole_rows and len(dataset) > dataset.whole:
+            raise UserError(
+                f"trainer=context_parallel cuts rows of one piece, and the ends of documents are packed: give "
+                f"data.whole_rows=true, which trains on the {dataset.whole} rows of data.seq_len={self.seq_len} tokens"
+            )
+        return dataset.whole if self.whole_rows else len(dataset)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation("val", "rows")

@@ -149,7 +149,8 @@ class LanguageModule(TrainingModule):
         state = None
         if self.task["carry_state"]:
             state = self._carried(batch, self._before())
-        out = self.logits(batch, state)
+        with self.own_part(batch, "tokens", "targets") as batch:
+            out = self.logits(batch, state)
         if state is not None:
             self._state = detach_state(out.state)
         asked = (batch["targets"] >= 0).sum()

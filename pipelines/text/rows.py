@@ -68,6 +68,11 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         self._bounds = np.append(np.searchsorted(begins, np.arange(0, total, seq_len)), len(begins))
         return owner[piece], start[piece] + offset
 
+    @property
+    def whole(self) -> int:
+        """Rows that are one piece of seq_len tokens: the first ones."""
+        return self._number
+
     def __len__(self) -> int:
         return self._number + len(self._bounds) - 1
 

@@ -11,6 +11,7 @@ import torch
 
 from ..atomic import atomic_write_text
 from ..checkpoints import check_same_run, saved_parameters
+from ..context_parallel import is_context_parallel
 from ..errors import UserError, nearest
 from ..nets import mixer_class
 from ..results import print_table, write_csv, write_metrics
@@ -19,6 +20,7 @@ from .module import LanguageModule, constant_state
 from .probing import check_probe, draw_probes, run_probes
 
 Data = TextData
+SHARES_SEQUENCES = True
 _NAMES = {
     "rows": "rows of {0}, each from nothing",
     "sliding": "windows of {0}, {1} apart",
@@ -36,7 +38,10 @@ def build_data(cfg: dict[str, Any]) -> TextData:
         check_probe(name)
     if cfg["task"]["probes"] and cfg["task"]["objective"] != "next":
         raise UserError("task.probes asks for continuations: it needs task.objective=next")
+    if cfg["data"].get("whole_rows") and cfg["task"]["carry_state"]:
+        raise UserError("data.whole_rows=true does not go with task.carry_state=true, which reads documents to the end")
     data = TextData(**cfg["data"], seed=cfg["seed"])
+    data.shared = is_context_parallel(cfg)
     data.carry_state, data.wanted, data.tested = cfg["task"]["carry_state"], wanted, bool(cfg.get("test_after_fit"))
     return data
 

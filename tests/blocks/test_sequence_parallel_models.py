@@ -21,7 +21,7 @@ from seqzoo.blocks.sequence_parallel import (
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_over_ranks_is_a_step_on_one_device(checkpointing):
     """Mamba-2, GLA, windowed and full attention: loss and gradients, 13 tokens over 3 ranks, blocks recomputed too."""
-    model, tokens = make_model(), make_tokens()
+    model, tokens = make_model(ngrams=(3,), ngram_size=16, ngram_width=4), make_tokens()
     model.set_grad_checkpointing(checkpointing)
     want = one_device(model, tokens)
     for found in run_ranks(3, lambda transport: one_rank(model, tokens, transport)):
@@ -91,9 +91,40 @@ def test_a_mean_over_ranks():
         run_ranks(1, lambda transport: split_batch({"text": 0}, ["tokens"], SharedSequence(transport, [1])))
 
 
-def test_an_embedding_that_looks_back_is_refused():
-    with pytest.raises(ValueError, match="NGramEmbedding looks back at earlier tokens"):
-        check_shareable(make_model(ngrams=(2,), ngram_size=16, ngram_width=4))
+@pytest.mark.parametrize("lengths", [[5, 3, 5], [1, 1, 11]])
+def test_ngrams_see_the_tokens_of_the_ranks_before(lengths):
+    """Over parts that are shorter than the n-grams too, from a state and to one."""
+    model = make_model(ngrams=(2, 4), ngram_size=16, ngram_width=4).eval()
+    tokens = make_tokens(17)
+    want = model(tokens).y[:, 4:]
+    models = [copy.deepcopy(model) for _ in range(3)]
+
+    def run(transport):
+        own, exchange = models[transport.rank], SharedSequence(transport, lengths)
+        state = own(tokens[:, :4], state=own.init_state(2, dtype=torch.float64)).state
+        with sequence_parallel(own, exchange):
+            out = own(exchange.split(tokens[:, 4:]), state=state)
+            y = exchange.join(out.y)
+        return y, out.state.embedding
+
+    embedding = model(tokens, state=model.init_state(2, dtype=torch.float64)).state.embedding
+    for y, after in run_ranks(3, run):
+        assert (y - want).abs().max() < 1e-12
+        assert torch.equal(after, embedding) and after.tolist() == (1 + tokens[:, -3:]).tolist()
+
+
+def test_an_embedding_that_looks_back_by_itself_is_refused():
+    class Looking(torch.nn.Embedding):
+        def init_state(self, batch_size):
+            return None
+
+        def read(self, tokens):
+            return self(tokens)
+
+    model = make_model()
+    model.embedding = Looking(11, 16)
+    with pytest.raises(ValueError, match="embedding: Looking looks back at earlier tokens"):
+        check_shareable(model)
 
 
 def test_without_a_process_group():
