@@ -16,7 +16,7 @@ from ..blocks.parameters import parameter_groups
 from ..blocks.registry import did_you_mean
 from ..zoo._layers import check_layer_decay, layer_scales
 from .errors import UserError
-from .failures.nonfinite import explain_loss
+from .failures.nonfinite import explain_loss, is_finite
 from .loading import ResumableLoader
 from .muon import create_muon
 from .ranks import RankedModule
@@ -195,7 +195,8 @@ class TrainingModule(RankedModule):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def check_loss(self, loss: torch.Tensor, batch_index: int) -> torch.Tensor:
-        """Stop with the first module, and what of it or of the batch, when the loss is not finite."""
-        if not bool(torch.isfinite(loss.detach())):
+        """Stop with the first module, and what of it or of the batch, when the loss is not finite. Of several processes
+        each must call this in every step: all of them stop where the loss of one is not."""
+        if not is_finite(loss):
             raise explain_loss(self, loss, batch_index)
         return loss

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..environment import RUN_DIR
 from .memory import OutOfMemory, explain_memory, is_out_of_memory
 from .nonfinite import NonFiniteError
 from .steps import WatchedModule
@@ -21,6 +24,7 @@ def explained(cfg: Mapping[str, Any], run_dir: Path) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
+        _let_the_first_end()
         raise NonFiniteError(f"{error}{_go_on(run_dir)}") from error
     except Exception as error:
         if is_out_of_memory(error):
@@ -34,6 +38,16 @@ def explained(cfg: Mapping[str, Any], run_dir: Path) -> Iterator[None]:
         if is_worker_failure(error):
             raise WorkerError(f"{explain_worker(error)}{_go_on(run_dir)}") from error
         raise
+
+
+def _let_the_first_end(seconds: float = 10.0) -> None:
+    """In a process that Lightning started beside the first one: wait for that to end. Lightning kills it once it sees
+    that another has failed, which may be before it has said why."""
+    if RUN_DIR not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    parent, until = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _module(error: BaseException) -> WatchedModule | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...blocks.layers.ranks import num_ranks
 from .steps import Step, rows_of, run_again, tensors, which
 
 _ADVICE = "lower optimizer.lr or set trainer.gradient_clip_val, or train in 32-true precision"
@@ -18,30 +21,58 @@ class NonFiniteError(RuntimeError):
 
 
 class _Found(Exception):
-    """Ends the second run at the first value that is not finite."""
+    """Ends the second run at the first value that is not finite. place: in it, 0 at its beginning; infinite where it
+    found nothing."""
 
-    def __init__(self, text: str, advice: str = _ADVICE) -> None:
+    def __init__(self, text: str, advice: str = _ADVICE, place: float = math.inf) -> None:
         super().__init__(text)
-        self.advice = advice
+        self.advice, self.place = advice, place
+
+
+class _Told(NamedTuple):
+    """What a process says of itself to the others."""
+
+    place: float
+    rank: int
+    loss: float
+    batch: str
+    cause: str
+
+
+def is_finite(loss: Tensor) -> bool:
+    """Whether the loss of this process, and of every other, is finite: all of them stop, or none. Of several processes
+    that is a message of one number."""
+    finite = torch.isfinite(loss.detach())
+    if num_ranks() > 1:
+        finite = finite.to(torch.int32)  # NCCL knows no bool
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def explain_loss(module: Any, loss: Tensor, batch_index: int) -> NonFiniteError:
-    """What to raise for a loss that is not finite.
+    """What to raise for a loss that is not finite, here or in another process: each of them must call this.
 
-    The batch is run once more with the same random numbers and a look at what goes into and out of each module. A
-    module of several processes is not: they would wait for each other; its parameters, gradients and batch are told.
+    The batch is run once more with the same random numbers and a look at what goes into and out of each module. Several
+    processes run all of theirs to the end, so that none waits for another; then all say the same, of the one where
+    values are not finite first.
     """
     step: Step | None = getattr(module, "at", None)
-    place = f"batch {batch_index}" if step is None else which(module, step)
-    cause = _cause(module, step)
-    head = f"the loss is {float(loss.detach())} at step {module.global_step} ({place})"
-    return NonFiniteError(f"{head}: {cause}; {cause.advice}")
+    found = _cause(module, step)
+    value, place = float(loss.detach()), f"batch {batch_index}" if step is None else which(module, step)
+    cause = f"{found}; {found.advice}"
+    if num_ranks() == 1:
+        return NonFiniteError(f"the loss is {value} at step {module.global_step} ({place}): {cause}")
+    every: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(every, _Told(found.place, dist.get_rank(), value, place, cause))
+    first = min(every, key=lambda told: (told.place, math.isfinite(told.loss), told.rank))
+    alike = [t for t in every if (t.place, t.cause) == (first.place, first.cause)]
+    ranks = [str(t.rank) for t in alike if math.isfinite(t.loss) == math.isfinite(first.loss)]
+    where = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} of {len(every)}, {first.batch}"
+    return NonFiniteError(f"the loss is {first.loss} at step {module.global_step} ({where}): {first.cause}")
 
 
 def _cause(module: Any, step: Step | None) -> _Found:
-    trainer = module._trainer
-    alone = trainer is None or trainer.world_size == 1
-    if step is None or step.stage != "training" or not alone:
+    if step is None or step.stage != "training":
         return _standing(module, step)
     watch = _Watch(module, step)
     try:
@@ -53,14 +84,17 @@ def _cause(module: Any, step: Step | None) -> _Found:
         return _Found(f"{_standing(module, step)} (a second run of the batch ended with {type(error).__name__})")
     finally:
         watch.remove()
+    if watch.found is not None:
+        return watch.found
     if watch.suspect is not None:
         return watch.suspect
     bad = _bad_batch(module, step)
-    if bad is not None:
-        return bad
-    if isinstance(again, Tensor) and not _bad(again):
-        return _Found("a second run of the batch gave a finite loss: it changes from run to run")
-    return _Found("all modules give finite values; the loss that is computed from them is not")
+    if bad is None:
+        if isinstance(again, Tensor) and not _bad(again):
+            return _Found("a second run of the batch gave a finite loss: it changes from run to run")
+        bad = _Found("all modules give finite values; the loss that is computed from them is not")
+    bad.place = watch.place
+    return bad
 
 
 def _standing(module: Any, step: Step | None) -> _Found:
@@ -78,20 +112,27 @@ def _standing(module: Any, step: Step | None) -> _Found:
 # Values -------------------------------------------------------------------------------------------------------------
 
 
+def _own(value: Tensor) -> Tensor:
+    """Of a weight that is shared out the part of this process: to look at the others' it would wait for them."""
+    value = value.detach()
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
 def _bad(value: Tensor) -> bool:
-    return not bool(torch.isfinite(value.detach()).all())
+    return not bool(torch.isfinite(_own(value)).all())
 
 
 def _only_masked(value: Tensor) -> bool:
     """Whether all that is not finite is -inf: scores that are left out are written so."""
-    value = value.detach()
+    value = _own(value)
     if value.is_complex():
         return False
     return not bool(torch.isnan(value).any() or (value == torch.inf).any())
 
 
 def _count(value: Tensor) -> str:
-    return f"{int((~torch.isfinite(value.detach())).sum()):,} of {value.numel():,} values"
+    value = _own(value)
+    return f"{int((~torch.isfinite(value)).sum()):,} of {value.numel():,} values"
 
 
 def _bad_parameters(part: nn.Module, *, recurse: bool = True) -> Iterator[str]:
@@ -132,11 +173,14 @@ def _gradients(module: Any) -> str:
 
 
 class _Watch:
-    """Hooks that raise _Found. suspect: the first value with nothing but -inf, which may be meant."""
+    """Hooks that raise _Found, or keep it where other processes wait for the rest of the run: the first one is `found`.
+    suspect: the first value with nothing but -inf, which may be meant."""
 
     def __init__(self, module: Any, step: Step) -> None:
-        self.module, self.step = module, step
+        self.module, self.step, self.alone = module, step, num_ranks() == 1
+        self.found: _Found | None = None
         self.suspect: _Found | None = None
+        self.place = 0
         self._inside: list[nn.Module] = []
         self._last = ""
         self._names = {part: name for name, part in module.net.named_modules()}
@@ -154,22 +198,28 @@ class _Watch:
         return f"{name} ({type(part).__name__})" if name else f"the model ({type(part).__name__})"
 
     def _enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
+        self.place += 1
         for _, value in tensors([args, kwargs]):
-            if _bad(value):
+            if self.found is None and _bad(value):
                 self._judge(self._before(part, value), value)
         self._inside.append(part)
 
     def _leave(self, part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._inside.pop()
+        self.place += 1
         for key, value in tensors(output):
-            if _bad(value):
+            if self.found is None and _bad(value):
                 self._judge(self._of(part, key, value, [args, kwargs]), value)
         self._last = self._name(part)
 
     def _judge(self, found: _Found, value: Tensor) -> None:
-        if not _only_masked(value):
+        found.place = self.place
+        if _only_masked(value):
+            self.suspect = self.suspect or found
+        elif self.alone:
             raise found
-        self.suspect = self.suspect or found
+        else:
+            self.found = found
 
     def _before(self, part: nn.Module, value: Tensor) -> _Found:
         """A module is given what no module before it returned."""
