@@ -250,6 +250,8 @@ class Mixer(nn.Module):
         name = type(self).__name__
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (B, L, {self.dim})")
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: x is {x.dtype}, expected a floating dtype; tokens are embedded first")
         batch, length = x.shape[:2]
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, length)):
             raise ValueError(
@@ -313,6 +315,19 @@ class Mixer(nn.Module):
 
         map_state(check, state)
 
+    def _check_sizes(self, state: State) -> None:
+        """Raise ValueError unless the parts of `state` have the sizes that `init_state` gives them.
+
+        A second dimension that is 0 there may have grown. For mixers whose kernels do not check it themselves."""
+        if torch.compiler.is_compiling():
+            return
+        held, due = _parts(state), _parts(self.init_state(0))
+        if len(held) != len(due) or not all(map(_fits, held, due)):
+            raise ValueError(
+                f"{type(self).__name__}: state has parts of {_sizes(held)} in each row, expected {_sizes(due)}, as "
+                "init_state gives it"
+            )
+
 
 @contextmanager
 def exchanging(model: nn.Module, exchange: Exchange) -> Iterator[None]:
@@ -339,6 +354,22 @@ def map_state(function: Any, *states: StateT) -> StateT:
         parts = [map_state(function, *group) for group in zip(*states, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)  # type: ignore[return-value]
     raise TypeError(f"a state holds tensors, None and (named) tuples, not {type(first).__name__}")
+
+
+def _parts(state: State) -> list[Tensor | None]:
+    """The tensors of a state, and the None where it could hold one, in order."""
+    return [part for inner in state for part in _parts(inner)] if isinstance(state, tuple) else [state]
+
+
+def _fits(part: Tensor | None, fresh: Tensor | None) -> bool:
+    if part is None or fresh is None:
+        return part is fresh or (part is not None and part.shape[-1] == 0)  # room, see `KVState`
+    fixed = 2 if fresh.shape[1:2] == (0,) else 1
+    return part.dim() == fresh.dim() and part.shape[fixed:] == fresh.shape[fixed:]
+
+
+def _sizes(parts: list[Tensor | None]) -> str:
+    return ", ".join("none" if part is None else str(tuple(part.shape[1:])) for part in parts)
 
 
 def detach_state(state: StateT) -> StateT:

@@ -25,7 +25,7 @@ from ..layers.conv import ShortConv
 from ..layers.projections import head_width, reset_linear
 from ..layers.rows import Layout, lay_out
 from ..parameters import tag_parameter
-from ..protocol import Mixer, MixerOutput
+from ..protocol import Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 _CAUSAL: dict[str, Any] = {"causal": True, "num_heads": 4, "num_agents": 5}
@@ -335,6 +335,13 @@ class AgentAttention(Mixer):
         if self.shortcut:
             y = y + self.shortcut * v
         return y, None if running is None else AgentState(running, last)
+
+    def _check_state(self, state: State, rows: int) -> None:
+        super()._check_state(state, rows)
+        if (state.conv is None) != (self.conv is None):
+            raise ValueError(
+                f"{type(self).__name__}: state is of a mixer with another conv_kernel than {self.conv_kernel}"
+            )
 
     def init_state(
         self,

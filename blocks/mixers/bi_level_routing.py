@@ -35,7 +35,7 @@ from ..layers.conv import ShortConv
 from ..layers.projections import head_width, reset_normal
 from ..layers.rows import Layout, lay_out
 from ..layers.windows import Windows
-from ..protocol import Mixer, MixerOutput
+from ..protocol import Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 _ROUTINGS = ("hard", "soft", "learned")
@@ -175,6 +175,10 @@ class BiLevelRouting(Mixer):
         else:
             y = self._routed(x, layout.valid, windows, context, context_mask)
         return MixerOutput(layout.restore(self.proj_drop(self.out_proj(y))), state)
+
+    def _check_state(self, state: State, rows: int) -> None:
+        super()._check_state(state, rows)
+        self._check_sizes(state)
 
     def init_state(
         self,

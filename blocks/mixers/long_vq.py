@@ -229,6 +229,14 @@ class LongVQ(Mixer):
             raise RuntimeError("the cross patterns have no memory")
         return self.memory(x, lengths=layout.lengths, state=memory, return_state=state is not None)
 
+    def _check_state(self, state: State, rows: int) -> None:
+        super()._check_state(state, rows)
+        for name, part, fresh in zip(state._fields, state, self.init_state(0), strict=True):
+            if type(part) is not type(fresh):
+                raise ValueError(f"LongVQ: state.{name} is a {type(part).__name__}, expected a {type(fresh).__name__}")
+        if self.attention.quantizer is None:  # else the kernel does
+            self._check_sizes(state)
+
     def init_state(
         self,
         batch_size: int,

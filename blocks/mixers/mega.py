@@ -167,6 +167,10 @@ class Mega(Mixer):
         y, cache = self.gated(rows, mixed, before, lengths=layout.lengths, state=cache, **shared)
         return MixerOutput(layout.restore(y), MegaState(ema, cache) if streams else None)
 
+    def _check_state(self, state: State, rows: int) -> None:
+        super()._check_state(state, rows)
+        self._check_sizes(state)
+
     def init_state(
         self,
         batch_size: int,

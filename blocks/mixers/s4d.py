@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.s4d_conv import INITS, discretize, initialize, s4d_conv
+from ..layers.rows import packed_groups
 from ..parameters import tag_parameter
 from ..protocol import ChunkSummary, Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
@@ -154,7 +155,8 @@ class S4D(Mixer):
         )
         index = lengths = None  # where the tokens of each row lie in x, real ones first
         if cu_seqlens is not None:
-            index, lengths = _unpacked(cu_seqlens)
+            index, valid = next(packed_groups(cu_seqlens, x.shape[1], together=True))
+            lengths = valid.sum(1)
             u = x[0, index]
         elif mask is not None:
             index, lengths = mask.logical_not().to(torch.uint8).sort(dim=1, stable=True).indices, mask.sum(1)
@@ -253,11 +255,3 @@ class S4D(Mixer):
 
     def state_size(self, length: int) -> int:
         return self.dim * self.d_state if self.causal else super().state_size(length)
-
-
-def _unpacked(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, longest) places of each packed sequence's tokens (clamped beyond its end) and its length (N,)."""
-    bounds = cu_seqlens.long()
-    lengths = bounds.diff()
-    place = bounds[:-1, None] + torch.arange(int(lengths.max()), device=bounds.device)
-    return torch.minimum(place, bounds[-1] - 1), lengths

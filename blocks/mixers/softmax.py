@@ -16,7 +16,7 @@ from ..layers.positions import T5RelativeBias, alibi_bias, check_rope_scaling, c
 from ..layers.projections import head_width, reset_linear
 from ..layers.rows import packed_groups, rank_order, take
 from ..layers.shared_keys import all_keys, window_keys
-from ..protocol import Exchange, Mixer, MixerOutput
+from ..protocol import Exchange, Mixer, MixerOutput, State
 from ..registry import did_you_mean, register_mixer
 
 SCHEMES = ("none", "rope", "alibi", "t5")
@@ -202,6 +202,10 @@ class SoftmaxAttention(Mixer):
         rows = self._project(take(x, order).masked_fill(~valid.unsqueeze(-1), 0.0))
         y, state = self._rows(rows._replace(valid=valid), state)
         return MixerOutput(take(self._output(y), back).masked_fill(~mask.unsqueeze(-1), 0.0), state)
+
+    def _check_state(self, state: State, rows: int) -> None:
+        super()._check_state(state, rows)
+        self._check_sizes(state)
 
     def init_state(
         self,

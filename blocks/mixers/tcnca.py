@@ -219,6 +219,10 @@ class TCNCA(Mixer):
             y, cache = self.mixing(rows, F.silu(mixed), before, **cached)
         return MixerOutput(layout.restore(y), TcncaState(tails, cache) if streams else None)
 
+    def _check_state(self, state: State, rows: int) -> None:
+        super()._check_state(state, rows)
+        self._check_sizes(state)
+
     def init_state(
         self,
         batch_size: int,

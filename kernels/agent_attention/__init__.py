@@ -161,6 +161,9 @@ def running_agent_attention(
     valid = None if lengths is None else torch.arange(length, device=q.device) < lengths.unsqueeze(1)
     state = None if initial_state is None else RunningState(*(t.to(wide) for t in initial_state))
     if length == 0:
+        if return_state and state is None:
+            num = v.new_zeros(batch, heads, agents.shape[0], v.shape[3], dtype=wide)
+            state = RunningState(num.new_full(num.shape[:3], ABSENT), num.new_zeros(num.shape[:3]), num)
         return q.new_zeros(*q.shape[:3], v.shape[3]), state if return_state else None
     with torch.autocast(q.device.type, enabled=False):
         o, state = chosen.run(

@@ -103,6 +103,8 @@ def s4d_conv(
     if state is not None:
         state = state.to(dtype)
     if length == 0:
+        if output_state and state is None:
+            state = u.new_zeros(batch, *log_a.shape, 2, dtype=dtype)
         return u, state if output_state else None
     work = u if choice.name == "triton" else u.to(dtype)  # that one reads u as it is
     if lengths is not None:

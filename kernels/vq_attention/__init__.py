@@ -78,12 +78,12 @@ def vq_attention(
         window=chunk_size is not None,
         gradient=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)),
     )
-    if q.shape[1] == 0:
-        return v.new_zeros(*q.shape[:3], v.shape[3]), initial_state if return_state else None
     state = initial_state
     if return_state and state is None and chunk_size is not None:
         shape = q.shape[0], chunk_size, codebook.shape[1], q.shape[2], q.shape[3], v.shape[3]
         state = empty_state(*shape, device=q.device, dtype=v.dtype)
+    if q.shape[1] == 0:
+        return v.new_zeros(*q.shape[:3], v.shape[3]), state if return_state else None
     return choice.run(
         q,
         k,
