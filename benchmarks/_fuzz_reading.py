@@ -2,8 +2,9 @@
 
     python benchmarks/_fuzz_reading.py wav
 
-takes paths on stdin and answers each with a line of JSON: outcome ("read", "refused" or "escaped"), error, place, and
-the megabytes by which its memory grew at most. A file that takes too long ends the process with SIGPROF.
+says {} with its CPU seconds, then takes paths on stdin and answers each with a line of JSON: outcome ("read", "refused"
+or "escaped"), error, place, the megabytes by which its memory grew at most, and the CPU seconds of the process so far.
+A file that takes too long ends it with SIGPROF.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -139,11 +141,15 @@ def _escaped(reader: Callable[[Path], None], error: BaseException) -> dict[str, 
 
 def limit_memory(megabytes: int) -> None:
     """Let the process have so much more than it has now."""
-    import resource
-
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * os.sysconf("SC_PAGE_SIZE") + (megabytes << 20)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(part.ru_utime + part.ru_stime for part in used)
 
 
 def _memory(key: str) -> int:
@@ -161,7 +167,7 @@ def main() -> None:
     warm = Path(sys.argv[2])  # an intact file: what is imported now does not count as the memory of a case
     read(warm, kind)
     limit_memory(4 * MEGABYTES)
-    print("ready", file=answers, flush=True)
+    print(json.dumps({"cpu": cpu_seconds()}), file=answers, flush=True)
     for line in sys.stdin:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -169,7 +175,8 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         answer = read(Path(line.rstrip("\n")), kind)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps({**answer, "grew": max(0, _memory("VmHWM") - before) >> 10}), file=answers, flush=True)
+        answer |= {"grew": max(0, _memory("VmHWM") - before) >> 10, "cpu": cpu_seconds()}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

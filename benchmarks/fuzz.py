@@ -3,8 +3,9 @@
     python benchmarks/fuzz.py --minutes 30 [--formats wav csv mp4] [--seed 0]
 
 hypothesis makes the edits of small intact files and shrinks what escapes; a process beside this one reads them, at most
-20 seconds of CPU and 1 GiB more memory for a case. What was found is written to tests/data/fuzz/, the counts to
-benchmarks/results/fuzz.json; tests/house/test_hostile_data.py reads all of tests/data/fuzz/ again.
+20 seconds of CPU and 1 GiB more memory for a case. What was found is written to tests/data/fuzz/, a row for each format
+and seed to benchmarks/results/fuzz.json, beside the rows that are there, with the sums of all: CPU seconds are those of
+this process and of the one that reads. tests/house/test_hostile_data.py reads all of tests/data/fuzz/ again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import _fuzz_reading
 import hypothesis
 import numpy as np
-from _runs import ROOT, write_result
+from _runs import RESULTS, ROOT, write_result
 from hypothesis import strategies as st
 
 CORPUS = ROOT / "tests" / "data" / "fuzz"
@@ -218,6 +219,7 @@ class Reading:
         self._warm = folder / f"intact.{kind}"
         self._warm.write_bytes(intact)
         self._process: subprocess.Popen[str] | None = None
+        self.cpu = 0.0  # seconds of it
 
     def __call__(self, content: bytes) -> dict[str, Any]:
         path = self.folder / f"case.{self.kind}"
@@ -228,11 +230,12 @@ class Reading:
         line = self._line(process)
         if line:
             answer = json.loads(line)
+            self.cpu = answer.pop("cpu")
             if answer["grew"] > _fuzz_reading.MEGABYTES:
                 return {"outcome": "memory", "error": f"{answer['grew']} MB", "place": ""}
             return answer
         process.kill()
-        status, self._process = process.wait(), None
+        status, self._process, self.cpu = process.wait(), None, 0.0
         slow = status in (-signal.SIGPROF, -signal.SIGKILL)
         return {"outcome": "hang" if slow else "crash", "error": f"exit status {status}", "place": ""}
 
@@ -242,8 +245,10 @@ class Reading:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
-            if self._line(self._process, 600) != "ready\n":
+            line = self._line(self._process, 600)
+            if not line:
                 sys.exit(f"the process that reads {self.kind} did not start")
+            self.cpu = json.loads(line)["cpu"]
         return self._process
 
     @staticmethod
@@ -256,6 +261,7 @@ class Reading:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._process, self.cpu = None, 0.0
 
 
 class Escaped(Exception):
@@ -263,19 +269,25 @@ class Escaped(Exception):
 
 
 def fuzz(kind: str, seconds: float, seed: int, folder: Path) -> dict[str, Any]:
-    """Cases of a format until the time is over, in rounds of 200; a find is shrunk and not looked for again."""
+    """Cases of a format until so many seconds of CPU are used, in rounds of 200; a find is shrunk and not looked for
+    again."""
+    before = _fuzz_reading.cpu_seconds()
+
+    def used() -> float:
+        return _fuzz_reading.cpu_seconds() + reading.cpu - before
+
     seeds = _seeds(kind, folder)
     reading = Reading(kind, folder, seeds[0])
     intact = [reading(content)["outcome"] for content in seeds]
     counts: Counter[str] = Counter()
     found: dict[str, dict[str, Any]] = {}
     began, rounds, slowest = time.monotonic(), 0, 0.0
-    while time.monotonic() - began < seconds:
+    while used() < seconds:
         last: list[tuple[str, bytes, dict[str, Any]]] = []
 
         def one(content: bytes, edits: list[tuple[Any, ...]], last: list[Any] = last) -> None:
             nonlocal slowest
-            if time.monotonic() - began > seconds + 60:
+            if used() > seconds + 60:
                 return
             case, start = edited(content, edits), time.monotonic()
             answer = reading(case)
@@ -317,11 +329,13 @@ def fuzz(kind: str, seconds: float, seed: int, folder: Path) -> dict[str, Any]:
             print(f"{kind}: {key}: {answer['error']} -> {name}", flush=True)
         rounds += 1
     reading.close()
-    took = time.monotonic() - began
-    print(f"{kind}: {sum(counts.values()):,} cases in {took:.0f} s: {dict(counts)}", flush=True)
+    cpu, took = used(), time.monotonic() - began
+    print(f"{kind}: {sum(counts.values()):,} cases in {cpu:.0f} s of CPU, {took:.0f} s: {dict(counts)}", flush=True)
     return {
         "format": kind,
+        "seed": seed,
         "cases": sum(counts.values()),
+        "cpu_seconds": round(cpu, 1),
         "seconds": round(took, 1),
         "outcomes": dict(counts),
         "slowest": round(slowest, 2),
@@ -330,20 +344,42 @@ def fuzz(kind: str, seconds: float, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def with_earlier(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows after those of earlier runs; a format and seed that was run again has its new row."""
+    again = {(row["format"], row["seed"]) for row in rows}
+    return [row for row in earlier if (row["format"], row["seed"]) not in again] + rows
+
+
+def sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all rows; CPU minutes of those that have them, the first runs did not look."""
+    timed = [row for row in rows if "cpu_seconds" in row]
+    return {
+        "cpu_minutes": round(sum(row["cpu_seconds"] for row in timed) / 60, 1),
+        "cases in them": sum(row["cases"] for row in timed),
+        "cases": sum(row["cases"] for row in rows),
+        "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
+        "found": sum(len(row["found"]) for row in rows),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30, help="for all formats together")
+    parser.add_argument("--minutes", type=float, default=30, help="of CPU, for all formats together")
     parser.add_argument("--formats", nargs="+", choices=sorted(SEEDS), default=list(SEEDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="fuzz", help="of the file in benchmarks/results")
     options = parser.parse_args()
     CORPUS.mkdir(parents=True, exist_ok=True)
-    rows = []
+    path = RESULTS / f"{options.name}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows: list[dict[str, Any]] = []
     for kind in options.formats:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(fuzz(kind, 60 * options.minutes / len(options.formats), options.seed, Path(folder)))
-        settings = {"minutes": options.minutes, "seed": options.seed, "cpu_seconds": _fuzz_reading.CPU_SECONDS}
-        write_result(options.name, {"settings": settings, "rows": rows})
+        every = with_earlier(rows, known.get("rows", []))
+        most = {"cpu_seconds": _fuzz_reading.CPU_SECONDS, "megabytes": _fuzz_reading.MEGABYTES}
+        notes = {"note": known["note"]} if "note" in known else {}
+        write_result(options.name, {"total": sums(every), "most of a case": most, "rows": every, **notes})
 
 
 if __name__ == "__main__":
