@@ -34,8 +34,13 @@ class ContextParallelStrategy(DDPStrategy):
             dist.broadcast(tensor.data, 0)
 
     def sequence(self, length: int) -> SharedSequence:
-        """The parts of a sequence of so many tokens, the same exchange for all processes."""
+        """The parts of a sequence of so many tokens. Raises UserError where a process would have none."""
         transport = GroupTransport()
+        if length < transport.size:
+            raise UserError(
+                f"rows of {length} token(s) cannot be cut for {transport.size} processes: make data.seq_len longer, or "
+                "use fewer (trainer.devices) or trainer=ddp"
+            )
         return SharedSequence(transport, even_lengths(length, transport.size))
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **given: Any) -> Any:

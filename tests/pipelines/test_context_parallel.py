@@ -126,6 +126,13 @@ def test_the_rows_of_a_step_do_not_depend_on_the_processes_that_share_them() -> 
         started(8, 3)
 
 
+def test_a_row_has_a_token_for_every_process() -> None:
+    with mock.patch("seqzoo.pipelines.context_parallel.GroupTransport", return_value=SimpleNamespace(size=3, rank=2)):
+        assert ContextParallelStrategy().sequence(7).lengths == (3, 2, 2)
+        with pytest.raises(UserError, match=r"rows of 2 token\(s\) cannot be cut for 3 processes.*use fewer"):
+            ContextParallelStrategy().sequence(2)
+
+
 def test_gradients_are_averaged_once_a_step() -> None:
     """Of two processes one has the gradient 1 and the other 3, or none: 2, and a half of what there is."""
     module = torch.nn.Linear(1, 1, bias=False)
