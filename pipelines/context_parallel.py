@@ -48,9 +48,9 @@ class ContextParallelStrategy(DDPStrategy):
 
         def averaged() -> Any:
             loss = closure()
-            transport = GroupTransport()
-            if loss is not None and transport.size > 1:
-                parameters = list((model or self.lightning_module).parameters())
+            transport, trained = GroupTransport(), model or self.lightning_module
+            if loss is not None and transport.size > 1 and trained is not None:
+                parameters = list(trained.parameters())
                 sum_gradients(parameters, transport)
                 for parameter in parameters:
                     if parameter.grad is not None:
