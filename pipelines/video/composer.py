@@ -37,8 +37,9 @@ class Composer:
     be the same clips, as none is used beside an event of its label or of one that it `shows`. size: (H, W) of the
     frames. events_per_video: their number, or two between which it is drawn; events_per_minute: instead of it, Poisson
     then. event_seconds: from .. to, None: each event is its whole clip; a clip that is longer is cut at a random place,
-    one that is shorter is repeated. min_gap: seconds between two events, and before the first. flip: half of the
-    segments have left and right exchanged. speed: a number, or two between which that of each segment is drawn.
+    one that is shorter is repeated. min_gap: seconds between two events, and before the first; up to a frame less where
+    the time is just enough. flip: half of the segments have left and right exchanged. speed: a number, or two between
+    which that of each segment is drawn.
     backend: see `open_video`. bad: what cannot be opened is left out and counted; None: it is an error.
     Raises UserError for values outside these and for no clips; VideoError for a span that is not in its file.
     """
@@ -115,8 +116,10 @@ class Composer:
         places = np.sort(rng.uniform(0, free, len(planted)))
         for clip, own, length, place in zip(chosen, planted, lengths, places, strict=True):
             planned += self.min_gap
-            # footage ends with a whole frame, so that an event may begin a little later than planned
-            now = self._fill(segments, now, max(place + planned, now + self.min_gap), pool, rng)
+            # footage ends with a whole frame, so that an event may begin a little later than planned, but for the last
+            # time at which what is to come still fits
+            begin = max(place + planned, min(now + self.min_gap, free + planned))
+            now = self._fill(segments, now, begin, pool, rng)
             found.append((len(segments), len(segments) + len(own), self.events[clip].label))
             segments += own
             now, planned = now + length, planned + length

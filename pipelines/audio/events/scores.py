@@ -40,19 +40,26 @@ def match_events(
         if offset:
             good &= np.abs(ends - end) <= max(collar, share * (end - start)) + 1e-9
         agree.append(np.flatnonzero(good).tolist())
-    owner = [-1] * len(found)
+    owner, partner = [-1] * len(found), [-1] * len(truth)
 
-    def augment(span: int, seen: set[int]) -> bool:
-        for other in agree[span]:
-            if other in seen:
-                continue
-            seen.add(other)
-            if owner[other] < 0 or augment(owner[other], seen):
-                owner[other] = span
+    def augment(root: int) -> bool:
+        came: dict[int, int] = {}  # the true span from which a found one was reached
+        reached = [root]
+        for span in reached:  # it grows: a path may be as long as the recording has events
+            for other in agree[span]:
+                if other in came:
+                    continue
+                came[other] = span
+                if owner[other] >= 0:
+                    reached.append(owner[other])
+                    continue
+                while other >= 0:
+                    span = came[other]
+                    owner[other], partner[span], other = span, other, partner[span]
                 return True
         return False
 
-    return sum(augment(span, set()) for span in range(len(truth)))
+    return sum(map(augment, range(len(truth))))
 
 
 def segment_activity(spans: Spans, seconds: float, *, segment: float = SEGMENT) -> np.ndarray:
