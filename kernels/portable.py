@@ -45,6 +45,9 @@ def chunk_scan(body: Body, first: Parts, parts: Sequence[Tensor], size: int, giv
     the end and y (B, L, ...).
     """
     length = parts[0].shape[1]
+    if isinstance(length, int) and length == 0:  # a chunk of zeros says what y looks like
+        _, y = body(first, tuple(F.pad(part, (0, 0) * (part.dim() - 2) + (0, size)) for part in parts), given)
+        return first, y[:, :0]
     if isinstance(length, int) and length <= size:
         return body(first, tuple(parts), given)
     chunks = [to_blocks(part, size).movedim(1, 0) for part in parts]

@@ -94,7 +94,10 @@ def dilated_conv(
     with torch.autocast(x.device.type, enabled=False):
         source = x if choice.name == "triton" else x.to(wide)  # that one reads x as it is
         offset = None if bias is None else bias.to(wide)
-        y = choice.run(source, weight.to(wide), offset, before.to(wide), dilation, causal)
+        if length == 0:
+            y = x.new_zeros(batch, 0, out)
+        else:
+            y = choice.run(source, weight.to(wide), offset, before.to(wide), dilation, causal)
     y = y.to(x.dtype)
     if not return_tail:
         return y, None

@@ -25,6 +25,7 @@ from seqzoo.blocks.protocol import Mixer, pattern_name
 from seqzoo.blocks.registry import create_mixer, mixer_info
 from seqzoo.blocks.testing import find_subjects
 from seqzoo.blocks.testing.subject import EQUAL64, error
+from seqzoo.kernels.dispatch import backends
 
 DEEP = int(os.environ.get("SEQZOO_EXAMPLES", "0"))
 
@@ -147,6 +148,11 @@ def forall(
     test()
 
 
+def usable_backends(op: str) -> list[str]:
+    """ "auto" and the backends of an operation of `kernels` that neither interpret nor build."""
+    return ["auto", *(name for name in backends()[op] if name not in _SLOW)]
+
+
 @cache
 def _choices(name: str) -> Mapping[str, tuple[Any, ...]]:
     """Values of every option of a mixer that has some to draw."""
@@ -216,7 +222,7 @@ def mask_of(rows: tuple[str, ...] | None, length: int) -> Tensor | None:
 
 def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers that depend on the seed only."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
