@@ -352,7 +352,7 @@ def with_earlier(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> l
 
 def sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of all rows; CPU minutes of those that have them, the first runs did not look."""
-    timed = [row for row in rows if "cpu_seconds" in row]
+    timed = [row for row in rows if row.get("cpu_seconds") is not None]
     return {
         "cpu_minutes": round(sum(row["cpu_seconds"] for row in timed) / 60, 1),
         "cases in them": sum(row["cases"] for row in timed),

@@ -1,8 +1,9 @@
 """Runs of each pipeline killed at random moments and resumed with `ckpt_path=last`: are they equal to one that was not?
 
 `python benchmarks/soak.py` kills 20 times and writes benchmarks/results/soak.json and soak.md, a pipeline at a time;
-called again it goes on. --long trains for long with everything that grows watched, and writes soak_long.json, .csv and
-.png. SEQZOO_DATA: the folder of fsdd, audio_long and videos. One thread, so that sums are always in the same order.
+called again it goes on. --long trains as many steps as six hours have, short ones, with everything that may grow
+watched (see _soak_long), and writes soak_long.json, .csv and .png. SEQZOO_DATA: the folder of fsdd, audio_long and
+videos. One thread, so that sums are always in the same order.
 """
 
 from __future__ import annotations
@@ -92,18 +93,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="altogether")
+    parser.add_argument("--kills", type=int, default=30, help="altogether")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--fresh", action="store_true", help="start a new interpreter for each run: minutes longer")
     parser.add_argument("--long", action="store_true", help="the long run instead of the kills")
-    parser.add_argument("--minutes", type=float, default=12.0, help="of the long run")
+    parser.add_argument("--steps", type=int, help="of the long run; as many as six hours have")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of the long run, at most")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="soak-"))
     if options.long:
-        from _soak_long import long_run
+        from _soak_long import STEPS, long_run
 
-        long_run(root, options.minutes)
+        long_run(root, options.minutes, options.steps or STEPS)
     else:
         settings = {"seed": options.seed, "kills": options.kills}
         rows = earlier_rows("soak", settings)

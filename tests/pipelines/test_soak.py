@@ -13,7 +13,7 @@ from ..helpers.real_data import real_data
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PIPELINES = [
     *("forecasting/weather", "forecasting/weather, two workers", "text/stdlib_bytes", "documents/listops_quick"),
-    *("audio/digits", "audio/find", "video/find"),
+    *("audio/digits", "audio/find", "video/find", "audio/retrieval", "video/signs", "video/pretrain"),
 ]
 
 
@@ -23,7 +23,7 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> Any:
     import soak
 
     yield soak
-    for name in ("soak", "_soak", "_runs"):
+    for name in ("soak", "_soak", "_soak_long", "_runs"):
         sys.modules.pop(name, None)
 
 
@@ -63,3 +63,30 @@ def test_what_is_unequal_is_found(soak: Any, tmp_path: Path) -> None:
     assert differences(a, b) == ["logs/metrics.csv: other bytes"]
     (b / "extra.png").touch()
     assert "extra.png: only in one" in differences(a, b)
+
+
+def test_what_grows_in_a_long_run_is_seen(soak: Any, tmp_path: Path) -> None:
+    """Made-up curves: memory grows by 2 MB and log files by 12 bytes each thousand steps, a step becomes slower."""
+    from _soak_long import EPOCH, _reached, slope, summary
+
+    rows = []
+    for steps in range(100, 20001, 100):
+        cpu = steps * 0.01 if steps <= 10000 else 100 + (steps - 10000) * 0.02
+        grows = {"rss_mb": 900 + steps * 0.002, "workers_rss_mb": 50.0, "files": 20, "threads": 7, "workers": 4}
+        logs = {"run_log": 100, "metrics_csv": steps * 12 // 1000, "tensorboard": 0, "run_files": 9}
+        rows.append({"steps": steps, "epochs": steps // EPOCH, "seconds": 3 * cpu, "cpu_s": cpu, **grows, **logs})
+    assert abs(slope(rows, "rss_mb") - 2) < 1e-9 and abs(slope(rows, "files")) < 1e-9
+    found = summary(rows, 143)
+    assert found["growth_in_six_hours"] == {"rss_mb": 43.2, "workers_rss_mb": 0.0, "files": 0.0, "threads": 0.0}
+    assert found["cpu_ms_a_step"] == {"first quarter": 10.0, "last quarter": 20.0}
+    assert found["ms_a_step"] == {"first quarter": 30.0, "last quarter": 60.0}
+    assert found["log_bytes_a_step"]["metrics_csv"] == {"first quarter": 0.01, "last quarter": 0.01}
+    assert (found["epochs"], found["checkpoints"], found["loader_processes_started"]) == (200, 600, 800)
+
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "metrics.csv"
+    assert _reached(tmp_path) == (0, 0)
+    log.write_text("epoch,lr,step,train/loss\n,0.1,0,\n0,,19,2.5\n,0.1,39,\n")
+    assert _reached(tmp_path) == (20, 0)
+    log.write_text("epoch,lr,step,train/loss\n" + ",0.1,0,\n" * 1000 + "3,,399,2.5\n4,,49")
+    assert _reached(tmp_path) == (400, 3)
