@@ -25,10 +25,11 @@ import multiprocessing, os, pickle, sys
 import torch
 from torch import nn
 
-sys.path.insert(0, sys.argv[1])
-from tests.pipelines.test_failures import Rows, Toy, fit
 from seqzoo.blocks.backbone import Backbone
 from seqzoo.pipelines.failures.nonfinite import NonFiniteError
+
+sys.path.insert(0, sys.argv[1])
+from tests.pipelines.test_failures import Rows, Toy, fit
 
 torch.set_num_threads(1)
 
@@ -107,7 +108,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]
         port = str(free.getsockname()[1])
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     words = [sys.executable, str(script), str(Path(__file__).parents[2]), port, *CASES]
-    done = subprocess.run(words, env=env, capture_output=True, timeout=120)
+    done = subprocess.run(words, env=env, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = pickle.loads(done.stdout)
     return {case: (first[number], second[number]) for number, case in enumerate(CASES)}
