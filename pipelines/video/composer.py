@@ -88,8 +88,8 @@ class Composer:
         """A video of so many seconds (to a frame); the same for the same seed.
 
         labels: of the events, each as likely, None: all. without: labels that are not seen anywhere in it. number: of
-        events, None: as the composer draws it. Raises UserError for a label that no event has and where the events do
-        not fit into the time.
+        events, None: as the composer draws it, none where `without` leaves no label. Raises UserError for a label that
+        no event has and where the events do not fit into the time.
         """
         if not 0 < seconds < math.inf:
             raise UserError(f"seconds={seconds!r} must be above 0")
@@ -97,11 +97,15 @@ class Composer:
             if label not in self.labels:
                 raise UserError(f"no event has the label {label!r}.{nearest(label, self.labels)}")
         rng = np.random.default_rng(seed)
+        asked = bool(labels) or number is not None
         if number is None and self.rate is not None:
             number = int(rng.poisson(self.rate * seconds / 60))
         elif number is None:
             number = int(rng.integers(self.number[0], self.number[1] + 1))
-        chosen = self._choose(number, [x for x in labels or self.labels if x not in without], set(without), rng)
+        wanted = [label for label in labels or self.labels if label not in without]
+        if not (wanted or asked):  # of one label alone, videos without it show no event
+            number = 0
+        chosen = self._choose(number, wanted, set(without), rng)
         planted = [self._segments(self._events[clip], self.event_seconds, rng) for clip in chosen]
         lengths = [sum(map(self._seconds, own)) for own in planted]
         free = seconds - sum(lengths) - len(planted) * self.min_gap

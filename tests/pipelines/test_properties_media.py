@@ -27,6 +27,7 @@ from seqzoo.pipelines.spans import span_iou, total, union
 from seqzoo.pipelines.video import composer as video_composer
 from seqzoo.pipelines.video.classify.protocol import Sampling, leave_out
 from seqzoo.pipelines.video.clips import VideoClip, cut_clips
+from seqzoo.pipelines.video.grounding.videos import ComposedWindows
 from seqzoo.pipelines.video.samplers import create_sampler, list_samplers
 from seqzoo.pipelines.video.samplers.dpp import greedy_map, relevance_of
 from seqzoo.pipelines.video.samplers.tass import select_tass
@@ -632,6 +633,49 @@ def test_composed_videos_are_as_long_as_asked_and_show_their_events(
         assert video.index_at(video.times).tolist() == list(range(len(video)))
         with pytest.raises(UserError, match="do not fit"):
             composer.plan(needed * 0.9 - 0.01, seed, number=number) if needed > 1 else composer.plan(0.1, 0, number=50)
+
+
+@examples(30)
+@given(
+    kinds=st.integers(1, 3), negatives=st.sampled_from([0.0, 0.5, 0.99]), seed=st.integers(0, 10**6),
+    fps=st.sampled_from([1.0, 2.0, 10.0]), seconds=st.sampled_from([8.0, 20.0]),
+)  # fmt: skip
+@example(kinds=1, negatives=0.99, seed=0, fps=2.0, seconds=8.0)  # of one label, no window could be without it
+def test_windows_to_train_on_show_their_query_where_they_say(
+    kinds: int, negatives: float, seed: int, fps: float, seconds: float
+) -> None:
+    readers = {name: Reader(name, [0.1] * 40) for name in "abcg"}
+    clips = [VideoClip(Path(name), 0.0, None, f"label {name}") for name in "abc"[:kinds]]
+    footage = [VideoClip(Path("g"), 0.0, None, "grass")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video_composer, "open_video", lambda path, **options: readers[str(path)])
+        composer = video_composer.Composer(
+            clips, footage, min_gap=0.5, events_per_video=(0, 1), event_seconds=(1.0, 3.0)
+        )
+    # a frame's vector says which clip it is of
+    bank = SimpleNamespace(
+        at=lambda video, indices: np.array(
+            [[float(key.split()[0] == name) for name in "abcg"] for key, _ in video.identities(indices)], np.float32
+        )
+    )
+    queries = {clip.label: np.full(1, place, np.float32) for place, clip in enumerate(clips)}
+    windows = ComposedWindows(composer, bank, queries, seconds=seconds, fps=fps, negatives=negatives, seed=seed)
+    batch, later = windows[np.arange(6)], windows[np.arange(3, 6)]
+    for key in ("query", "inside"):
+        width = later[key].shape[1]
+        assert torch.equal(batch[key][3:, :width], later[key])  # whatever else is in the batch
+    for row in range(6):
+        real = batch["mask"][row]
+        shown = batch["features"][row, real, int(batch["query"][row, 0])]
+        assert torch.equal(shown, batch["inside"][row, real])
+        assert not batch["inside"][row, ~real].any() and (batch["times"][row, real].diff() > 0).all()
+        first, last = batch["edges"][row].unbind(-1)
+        if shown.any():
+            assert first.sum() == pytest.approx(1) and last.sum() == pytest.approx(1)
+            runs = int((torch.nn.functional.pad(shown, (1, 0)).diff() > 0).sum())
+            assert int((first > 0).sum()) == int((last > 0).sum()) == runs
+        else:
+            assert not first.any() and not last.any()
 
 
 # composed recordings --------------------------------------------------------------------------------------------------
