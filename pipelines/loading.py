@@ -128,7 +128,8 @@ class BucketSampler(IndexSampler):
 
     lengths: of the items. Of every fifty batches of a permutation the items are sorted by length, and the
     batches come in random order; every item still comes once before any comes twice. With several processes a batch in
-    this sense is that of all of them, of which each takes its part: they wait for none with longer items.
+    this sense is that of all of them, of which each takes its part: they wait for none with longer items, but in the
+    step in which a permutation ends.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, *, seed: int = 0, steps: int | None = None) -> None:
@@ -139,10 +140,11 @@ class BucketSampler(IndexSampler):
     def _permutation(self, cycle: int) -> np.ndarray:
         if self._bucketed is None or self._bucketed[0] != cycle:
             order = super()._permutation(cycle).copy()
-            together = self.batch_size * _process()[1]
+            together, ranks = self.rows, self._part()[1]
             size = together * _WINDOW
             random = np.random.default_rng([self.seed, cycle, 1])
-            for begin in range(0, len(order), size):
+            # the first batches may belong to the step in which the permutation before ends
+            for begin in range(-cycle * self._batches % ranks * self.batch_size, len(order), size):
                 window = order[begin : begin + size]
                 window = window[np.argsort(self.lengths[window], kind="stable")]
                 whole = len(window) // together * together

@@ -114,12 +114,15 @@ def test_buckets_take_each_item_once_and_keep_lengths_together(
     for begin in range(0, len(stream), len(lengths)):
         own = stream[begin : begin + len(lengths)]
         assert len(set(own)) == len(own) and (len(own) < len(lengths) or sorted(own) == list(range(len(lengths))))
-    first = stream[: len(lengths)]
-    for begin in range(0, len(first), 50 * together):
-        window = first[begin : begin + 50 * together]
-        steps_of = [sizes[window[i : i + together]] for i in range(0, len(window), together)]
-        spans = sorted((int(part.min()), int(part.max())) for part in steps_of)
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    for cycle in range(len(stream) // len(lengths)):
+        own = stream[cycle * len(lengths) : (cycle + 1) * len(lengths)]
+        # steps of all processes: a permutation may begin within one
+        begun = -cycle * steps % world * batch
+        for begin in range(begun, len(own), 50 * together):
+            window = own[begin : begin + 50 * together]
+            parts = [sizes[window[i : i + together]] for i in range(0, len(window), together)]
+            spans = sorted((int(part.min()), int(part.max())) for part in parts)
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
 @examples(60)

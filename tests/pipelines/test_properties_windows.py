@@ -272,7 +272,9 @@ def test_a_step_is_found_in_times_with_gaps(freq: str, start: int, draw: random.
     left = times[[i for i in range(60) if i not in gone]]
     cut = draw.randint(10, 40)
     offsets = np.array([0, cut, len(left)])
-    assert same_frequency(infer_frequency(left, offsets).alias, freq)
+    found = infer_frequency(left, offsets)
+    assert same_frequency(found.alias, freq)
+    assert all(found.offset.is_on_offset(pd.Timestamp(time)) for time in left)  # its anchor, too
 
 
 @examples(30)
