@@ -1,7 +1,7 @@
 """The mutants of a file: cosmic-ray's operators at every place where a change can matter, one mutant drawn for each.
 
 Left out, and counted by rule: type annotations, messages (raise, logging, f-strings), launch configuration (num_warps,
-num_stages, autotune), and what only a CUDA device reaches.
+num_stages, autotune), what only a CUDA device reaches, and the settings that the conformance suite tests mixers with.
 """
 
 from __future__ import annotations
@@ -177,6 +177,12 @@ def _launch(node: ast.AST) -> Iterable[ast.AST | None]:
     return [node] if tuned else []
 
 
+def _settings(node: ast.AST) -> Iterable[ast.AST | None]:
+    """What a mixer is tested with, which stands in it as `variants`."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [node] if any(isinstance(target, ast.Name) and target.id == "variants" for target in targets) else []
+
+
 def _cuda(node: ast.AST) -> Iterable[ast.AST | None]:
     if isinstance(node, ast.Dict):
         pairs = zip(node.keys, node.values, strict=True)
@@ -192,4 +198,5 @@ _RULES: dict[str, Callable[[ast.AST], Iterable[ast.AST | None]]] = {
     "message": _messages,
     "launch configuration": _launch,
     "reached on CUDA only": _cuda,
+    "settings of the conformance suite": _settings,
 }

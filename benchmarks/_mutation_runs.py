@@ -4,6 +4,7 @@ and whether any of them fails on a mutant."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -40,12 +41,13 @@ def prepare(copy: Path) -> None:
     links.mkdir(parents=True)
     folders = [copy / name for name in ("zoo", "blocks", "kernels", "pipelines", "conf", "model_cards")]
     for path in [*(copy / "seqzoo").iterdir(), *folders]:
-        (links / path.name).symlink_to(path)
+        (links / path.name).symlink_to(Path("../../..") / path.relative_to(copy))  # a copy of the copy has its own
 
 
 def preload() -> None:
     """Import what every run needs. Before it: the settings that are read at import."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "TRITON_INTERPRET": "1"}
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what other packages bring takes longer than most tests
     os.environ.setdefault("SEQZOO_SHARED_DATA", str(ROOT.parent / "shared" / "data"))
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
@@ -54,6 +56,7 @@ def preload() -> None:
     if hypothesis is not None:  # no time limit, and the same examples for every mutant
         hypothesis.settings.register_profile("mutation", deadline=None, derandomize=True, database=None)
         hypothesis.settings.load_profile("mutation")
+    gc.freeze()  # what is here already need not be looked at in every fork
 
 
 class Only:
@@ -135,7 +138,7 @@ def run_tests(files: Iterable[str], plugin: Only, *options: str) -> int:
     """pytest on these files of the folder that is current."""
     import pytest
 
-    words = [*files, "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
+    words = [*files, "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *options]
     return int(pytest.main(words, plugins=[plugin]))
 
 
