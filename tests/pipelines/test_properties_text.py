@@ -27,9 +27,9 @@ from seqzoo.pipelines.text.scores import positions
 from seqzoo.pipelines.text.sources import read_documents
 from seqzoo.pipelines.text.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
 
-# Letters that merge, marks, characters of every length in UTF-8, joined and turned ones, and what is no character.
-ODD = "ab \n\t\0<|separator|>é€😀\u0301\u200d\u202e\ufeff\ufffd\U0010ffff\u2028"
-TEXTS = st.text(st.sampled_from(ODD) | st.characters(codec="utf-8"), max_size=30)
+# Pieces that merge, the separator as it may stand in a text, marks, characters of every length in UTF-8, turned ones.
+ODD = [*"ab \n\t\0é€😀\u0301\u200d\u202e\ufeff\ufffd\U0010ffff\u2028", "abab ", "<|separator|>"]
+TEXTS = st.lists(st.sampled_from(ODD) | st.characters(codec="utf-8"), max_size=24).map("".join)
 BYTES = st.binary(max_size=30) | TEXTS.map(str.encode)
 RATIO = st.sampled_from(
     [(0.9, 0.05, 0.05), (0.8, 0.1, 0.1), (0.1, 0.1, 0.8), (0.5, 0.5, 0.0), (0.9, 0.0, 0.1), (1, 0, 0)]
@@ -112,6 +112,8 @@ def test_an_answer_is_the_text_before_the_first_stop(
 
 @examples(12)
 @given(contents=st.lists(BYTES, min_size=1, max_size=8), ratio=RATIO, number=st.integers(0, 2**40))
+@example(contents=[b"one line\n" * 30], ratio=(0.8, 0.1, 0.1), number=0)
+@example(contents=["é".encode() * 50], ratio=(0.5, 0.5, 0.0), number=0)  # without a line
 def test_a_corpus_is_its_documents(
     contents: list[bytes], ratio: tuple[float, ...], number: int, tmp_path: Path
 ) -> None:
