@@ -84,9 +84,10 @@ def test_parts_of_a_document_are_all_of_it(
 
 @examples(80)
 @given(
-    text=st.text("abc", max_size=12) | TEXTS, stops=st.lists(st.text("abc", max_size=4), max_size=3),
+    text=st.text("ab", max_size=12) | TEXTS, stops=st.lists(st.text("ab", max_size=3), max_size=4),
     kind=st.sampled_from(["bytes", "bpe"]), cuts=st.sets(st.integers(1, 29)),
 )  # fmt: skip
+@example(text="xxab", stops=["b", "ab"], kind="bytes", cuts=set())
 def test_an_answer_is_the_text_before_the_first_stop(
     text: str, stops: list[str], kind: str, cuts: set[int], bpe: FileTokenizer
 ) -> None:
@@ -198,7 +199,10 @@ def test_a_separator_cuts_a_file_as_it_cuts_bytes(pieces: list[bytes], mark: byt
 
 
 @examples(50)
-@given(texts=st.lists(st.text(st.characters(), max_size=12), max_size=6), ascii_only=st.booleans())
+@given(
+    texts=st.lists(st.text(st.sampled_from("a\ud83d\ude00\0") | st.characters(), max_size=12), max_size=6),
+    ascii_only=st.booleans(),
+)
 def test_lines_of_json_are_their_texts(texts: list[str], ascii_only: bool, tmp_path: Path) -> None:
     """Half characters (surrogates) too, which JSON may hold as escapes."""
     lines = [
@@ -277,6 +281,10 @@ def test_rows_ask_for_every_token_once_and_in_order(
         for first, d in zip(starts, documents, strict=True):
             own = [place for token, _, place, _ in asked if first <= token < first + sizes[d]]
             assert own == sorted(own)
+    if kind == "packed":  # a row is closed by what no longer fits
+        lone = [rows[np.array([i])].get("cu_seqlens", torch.tensor([0, seq_len])) for i in range(len(rows))]
+        shared = lone[sum(sizes[d] // seq_len for d in documents) :]
+        assert all(a[-1] + b[1] > seq_len for a, b in itertools.pairwise(shared))
     if kind == "filled":
         ends = sum(sizes[d] % seq_len for d in documents)
         assert len(rows) == sum(sizes[d] // seq_len for d in documents) - (-ends // seq_len)
