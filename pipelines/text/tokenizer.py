@@ -44,7 +44,8 @@ class ByteTokenizer:
 
 class FileTokenizer:
     """A tokenizer of the `tokenizers` package from its JSON file. It knows text, not bytes: what is not UTF-8 becomes
-    U+FFFD; replaced: how many of these it has made.
+    U+FFFD; replaced: how many of these it has made. A special token that is written out in a text is that token there,
+    the separator too.
 
     Raises UserError for a missing package, file or separator: the special token <|separator|>, or else one of the
     usual ends of text.
