@@ -54,7 +54,7 @@ def check(cases: list[str], strategies: list[str], folder: Path) -> None:
             continue
         assert row["difference"] < 1e-5, row
         if "figures" in row:
-            least = 2 if row["pipeline"].startswith("text: masked") else 3  # masked tokens: their loss and accuracy
+            least = 2 if row["pipeline"].startswith("text: masked") else 3  # of masked tokens there are two
             assert row["figures"] >= least and row["figures differ by"] < 1e-9, row
         if "answers" in row:
             assert row["answers"] > 10 and row["answers equal"], row
