@@ -129,7 +129,7 @@ class ChunkAttention(nn.Module):
         if lengths is not None:
             visible = (torch.arange(source, device=q.device) < lengths.unsqueeze(1)).unsqueeze(1)
             v = v.masked_fill(~visible.transpose(1, 2), 0)
-        number: Tensor | float = float(source)
+        number: Tensor | float = float(max(source, 1))
         if lengths is not None:
             number = lengths.clamp(min=1).view(-1, 1, 1)
         return self._attend(q, k, v, self.bias(q.shape[1], source), visible, number)

@@ -224,6 +224,8 @@ class AgentAttention(Mixer):
         self.check_inputs(
             x, context, mask=mask, context_mask=context_mask, cu_seqlens=cu_seqlens, grid=grid, state=state
         )
+        if context is not None and context.shape[1] == 0:  # as one of pads
+            context_mask = context.new_ones(context.shape[:2], dtype=torch.bool)
         height, layout = 1, None
         if self.grid_size is not None and grid is not None:
             self._check_grid(grid, cu_seqlens)

@@ -280,6 +280,8 @@ class SoftmaxAttention(Mixer):
 
     def _cross(self, x: Tensor, context: Tensor, mask: Tensor | None, context_mask: Tensor | None) -> Tensor:
         """Every query sees all of the context, so causal-cross needs nothing more."""
+        if context.shape[1] == 0:  # as one of pads
+            context_mask = context.new_ones(context.shape[:2], dtype=torch.bool)
         if context_mask is not None:
             context = context.masked_fill(~context_mask.unsqueeze(-1), 0.0)
         if mask is not None:

@@ -54,8 +54,8 @@ def prob_sparse_attention(
 
     With U = min(factor * ceil(ln S), S) keys sampled per query, with replacement, the measure of query i is
     M_i = max_j s_ij - sum_j s_ij / divisor over its sample, s = q k^T. The u = min(factor * ceil(ln L), L)
-    queries of largest M, per row and head, attend to all keys; every other query is lazy and takes the mean
-    of V.
+    queries of largest M (of equals the first; a GPU and compiled code leave that open), per row and head, attend to all
+    keys; every other query is lazy and takes the mean of V.
 
     q: (B, L, H, K). k: (B, S, H, K). v: (B, S, H, V). Returns (B, L, H, V).
     measure_divisor: "keys" divides the sum by S, as the published code does; "samples" by U, as its text

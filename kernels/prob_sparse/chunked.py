@@ -58,7 +58,7 @@ def prob_sparse_chunked(
         if q_count is not None:
             hidden = torch.arange(length, device=q.device) >= q_count.unsqueeze(1)
             peaked = peaked.masked_fill(hidden.unsqueeze(2), -torch.inf)
-        chosen = peaked.transpose(1, 2).topk(budget(length, factor), dim=2).indices  # (B, H, u) ranks
+        chosen = _largest(peaked.transpose(1, 2), budget(length, factor))  # (B, H, u) ranks
         if q_order is not None:
             chosen = q_order.unsqueeze(1).expand(-1, heads, -1).gather(2, chosen)
     index = chosen.transpose(1, 2).unsqueeze(3)  # (B, u, H, 1)
@@ -76,6 +76,16 @@ def prob_sparse_chunked(
         attended = torch.where(taken[..., None, None], attended, lazy.gather(1, index))
     out = lazy.scatter(1, index, attended.to(lazy.dtype))
     return out if query_mask is None else out.masked_fill(~query_mask[..., None, None], 0)
+
+
+def _largest(measure: Tensor, number: int) -> Tensor:
+    """Ranks of the `number` largest of (B, H, L), falling; of equal ones the first, but on a GPU and where compiled."""
+    most = measure.topk(min(number + 1, measure.shape[2]), dim=2)
+    if measure.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, then = most.values[..., :-1], most.values[..., 1:]
+        if bool(((first == then) & (then > -torch.inf)).any()):  # topk leaves their order open
+            return measure.sort(dim=2, descending=True, stable=True).indices[..., :number]
+    return most.indices[..., :number]
 
 
 def _order(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -42,7 +42,7 @@ def prob_sparse_naive(
         sampled = scores.gather(2, ranks)
         divisor = m if divide_by_keys else valid.sum(1)
         measure = sampled.masked_fill(~valid, -torch.inf).amax(2) - sampled.masked_fill(~valid, 0).sum(2) / divisor
-        chosen = measure.topk(budget(n, factor), dim=1).indices
+        chosen = measure.sort(dim=1, descending=True, stable=True).indices[:, : budget(n, factor)]
         active = torch.zeros_like(measure, dtype=torch.bool).scatter(1, chosen, True)
         visible = cols <= rows.unsqueeze(1) if masked else torch.ones(n, m, dtype=torch.bool, device=q.device)
         dense = (scores * scale).masked_fill(~visible, -torch.inf).softmax(2) @ vb

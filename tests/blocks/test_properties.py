@@ -20,6 +20,7 @@ from mixer_strategies import (
     build,
     close,
     forall,
+    gradients,
     laid_out,
     lengths,
     mask_of,
@@ -122,6 +123,18 @@ def alone(mixer: Mixer, inputs: dict[str, Any], row: int) -> Tensor:
     return y if holes or bool(real.all()) else x.new_zeros(x.shape).index_put((real,), y)
 
 
+# What such runs found: no context gave the bias where one of pads gave 0, NaN gradients, a tie told by the padding.
+FOUND = {
+    "agent": [Batch(Setup("agent", 16, (("num_heads", 2), ("num_agents", 3), ("cross", True))), 1, 1, seen=("",))],
+    "softmax": [Batch(Setup("softmax", 16, (("cross", True),)), 1, 1, seen=("",))],
+    "mega": [Batch(Setup("mega", 16, (("cross", True), ("attention", "laplace"))), 1, 1)],
+    "tcnca": [Batch(Setup("tcnca", 16, (("cross", True), ("attention", "relu2"))), 1, 1)],
+    "prob_sparse": [
+        Batch(Setup("prob_sparse", 16, (("num_heads", 2), ("sampling", "block"), ("factor", 1))), 1, 4, ("1100",))
+    ],
+}
+
+
 @pytest.mark.parametrize("name", list_mixers())
 def test_a_row_of_a_batch_is_that_row_alone(name: str) -> None:
     """Whatever the mask, the content of pads, the strides, the order of the rows; gradients too; bit by bit again."""
@@ -144,10 +157,8 @@ def test_a_row_of_a_batch_is_that_row_alone(name: str) -> None:
         want = torch.stack([alone(mixer, clean, row) for row in range(case.batch)])
         close(y, want, "against the rows alone")
         weight = tensor(*y.shape, seed=case.seed + 9)
-        got = torch.autograd.grad((y * weight).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        due = torch.autograd.grad(
-            (want * weight).sum(), list(wanted.values()), allow_unused=True, materialize_grads=True
-        )
+        got = gradients((y * weight).sum(), list(leaves.values()))
+        due = gradients((want * weight).sum(), list(wanted.values()))
         scale = max((g.abs().max().item() for g in due if g.numel()), default=0.0)
         for key, ours, theirs in zip(leaves, got, due, strict=True):
             close(ours, theirs, f"gradient of {key}", floor=max(1e-3 * scale, 1e-3))
@@ -155,7 +166,7 @@ def test_a_row_of_a_batch_is_that_row_alone(name: str) -> None:
         again = mixer(**{k: v[order] if isinstance(v, Tensor) else v for k, v in given.items()}).y
         close(again, y[order], "rows in another order, one twice")
 
-    forall(batches(name), holds, few=5)
+    forall(batches(name), holds, few=5, also=FOUND.get(name, ()))
 
 
 @dataclass(frozen=True)
@@ -208,8 +219,7 @@ def test_packed_sequences_are_each_alone(name: str) -> None:
         want = torch.cat([mixer(**part).y for part in parts], 1)
         close(y, want, "against the sequences alone")
         weight, leaves = tensor(*y.shape, seed=case.seed + 9), list(inputs.values())
-        got = torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
-        due = torch.autograd.grad((want * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
+        got, due = (gradients((out * weight).sum(), leaves) for out in (y, want))
         for key, ours, theirs in zip(inputs, got, due, strict=True):
             close(ours, theirs, f"gradient of {key}")
 
@@ -278,7 +288,7 @@ def test_lower_precisions_are_near(name: str) -> None:
         inputs["x"].requires_grad_()
         y = mixer(**inputs).y
         assert y.dtype == case.dtype and bool(torch.isfinite(y).all())
-        (gradient,) = torch.autograd.grad(y.float().sum(), inputs["x"], allow_unused=True, materialize_grads=True)
+        (gradient,) = gradients(y.float().sum(), [inputs["x"]])
         assert gradient.dtype == case.dtype and bool(torch.isfinite(gradient).all())
         if not mixer.smooth or not y.numel():
             return
@@ -304,10 +314,10 @@ def test_training_is_repeatable_and_finite(name: str) -> None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(case.seed)
                 out = mixer(**inputs)
-            (out.y.square().sum() + sum(out.aux.values())).backward()
             leaves = {"x": inputs["x"], **dict(mixer.named_parameters())}
-            gradients = {f"gradient of {n}": p.grad for n, p in leaves.items() if p.grad is not None}
-            found.append({"y": out.y, **gradients, **out.aux, **dict(mixer.named_buffers())})
+            slopes = gradients(out.y.square().sum() + sum(out.aux.values()), list(leaves.values()))
+            named = {f"gradient of {n}": slope for n, slope in zip(leaves, slopes, strict=True)}
+            found.append({"y": out.y, **named, **out.aux, **dict(mixer.named_buffers())})
         assert found[0].keys() == found[1].keys()
         for key, value in found[0].items():
             assert bool(torch.isfinite(value).all()), f"{key} is not finite"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import FILLERS, Setup, build, close, forall, lengths, mask_of, masks, setups, tensor
+from mixer_strategies import FILLERS, Setup, build, close, forall, gradients, lengths, mask_of, masks, setups, tensor
 from torch import Tensor
 
 from seqzoo.blocks.protocol import ChunkSummary, Mixer, State, map_state, reset_rows, select_rows, state_elements
@@ -191,10 +191,7 @@ def test_the_gradient_goes_through_any_chunks(name: str) -> None:
             out = mixer(part, state=state)
             pieces.append(out.y)
             state = out.state
-        got, want = (
-            torch.autograd.grad((y * weight).sum(), x, allow_unused=True, materialize_grads=True)[0]
-            for y in (torch.cat(pieces, 1), mixer(x).y)
-        )
+        got, want = (gradients((y * weight).sum(), [x])[0] for y in (torch.cat(pieces, 1), mixer(x).y))
         close(got, want, f"gradient through chunks of {sizes}")
 
     forall(streams(name), holds, few=4)

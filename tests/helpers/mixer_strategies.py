@@ -11,13 +11,13 @@ import math
 import os
 import typing
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, example, given, seed, settings
+from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -138,6 +138,7 @@ def forall(
         derandomize=not DEEP,
         deadline=None,
         database=None,
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
     test = chosen(given(strategy)(holds))
@@ -166,6 +167,8 @@ def _choices(name: str) -> Mapping[str, tuple[Any, ...]]:
         if hints.get(option) is bool:
             listed = (False, True)
         values = tuple(v for v in listed if v not in _SLOW) or _VALUES.get(option, ())
+        if type(None) not in typing.get_args(hints.get(option)):
+            values = tuple(v for v in values if v is not None)
         if values:
             found[option] = values
     return found
@@ -245,3 +248,10 @@ def close(got: Tensor, want: Tensor, what: str, tolerance: float = EQUAL64, floo
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)} instead of {tuple(want.shape)}"
     value = error(got, want, floor=floor)
     assert value <= tolerance, f"{what}: relative error {value:.3g}"
+
+
+def gradients(objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Of a scalar; zero for what it does not depend on, as with no tokens at all."""
+    if not objective.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(objective, leaves, allow_unused=True, materialize_grads=True))

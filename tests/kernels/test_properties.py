@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import LAYOUTS, LENGTHS, close, forall, laid_out, tensor, usable_backends
+from mixer_strategies import LAYOUTS, LENGTHS, close, forall, gradients, laid_out, tensor, usable_backends
 from torch import Tensor
 
 from seqzoo.kernels.agent_attention import running_agent_attention
@@ -209,9 +209,7 @@ def _gradients(y: Tensor, ends: list[Tensor], leaves: list[Tensor]) -> list[Tens
     for number, end in enumerate(ends):
         if end.is_floating_point():
             objective = objective + (end * tensor(*end.shape, seed=number + 71)).sum()
-    if not objective.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return list(torch.autograd.grad(objective, leaves, allow_unused=True, materialize_grads=True))
+    return gradients(objective, leaves)
 
 
 def filled(x: Tensor, case: Sizes) -> Tensor:
