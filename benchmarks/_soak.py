@@ -71,6 +71,21 @@ CASES: dict[str, tuple[str, ...]] = {
         ),
         "callbacks.checkpoint.every_n_train_steps=null",
     ),
+    "audio/retrieval": (
+        "experiment=audio/retrieval",
+        *("data.limit=80", "data.steps=20", "data.batch_size=8", "model.dim=16", "model.depth=1", "data.join=2"),
+        *("trainer.max_epochs=3", "trainer.limit_val_batches=2", "callbacks.checkpoint.every_n_train_steps=7"),
+    ),
+    "video/signs": (
+        "experiment=video/signs",
+        *("data.batch_size=8", "data.steps=12", "data.num_frames=4", "model.dim=16", "model.depth=1"),
+        *("model.proj_drop=0.1", "trainer.max_epochs=3", "callbacks.checkpoint.every_n_train_steps=5"),
+    ),
+    "video/pretrain": (
+        *("experiment=video/pretrain", "data.path=${paths.data}/videos/asl_gestures", "task.pretext=order"),
+        *("model.dim=16", "model.depth=1", "data.batch_size=4", "data.num_frames=4", "data.steps=15"),
+        *("trainer.max_epochs=3", "callbacks.checkpoint.every_n_train_steps=6"),
+    ),
 }
 MACHINE = ("run.log", "environment.json", "environment.csv", "config.yaml", "tensorboard")  # not of the training
 
