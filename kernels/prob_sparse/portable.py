@@ -80,5 +80,5 @@ def _active(
     measure = largest - drawn.masked_fill(~valid, 0.0).sum(3) / divisor.clamp(min=1)
     if query_mask is not None:
         measure = measure.masked_fill(~query_mask.unsqueeze(1), float("-inf"))
-    order = measure.argsort(2, descending=True, stable=True)
+    order = measure.argsort(dim=2, descending=True, stable=True)
     return order.argsort(2) < budgets(queries, factor).view(-1, 1, 1)
