@@ -157,6 +157,7 @@ class Mixer(nn.Module):
     linear_state: ClassVar[bool] = False
     shared_patterns: ClassVar[frozenset[str]] = frozenset()
     exchange: Exchange | None = None
+    _due: list[tuple[int, ...] | None] | None = None  # sizes of the parts of `init_state`
     num_prefix_tokens: int = 0  # tokens at the front that stand on no grid
 
     def __init__(self, dim: int, *, causal: bool = False, cross: bool = False) -> None:
@@ -321,11 +322,14 @@ class Mixer(nn.Module):
         A second dimension that is 0 there may have grown. For mixers whose kernels do not check it themselves."""
         if torch.compiler.is_compiling():
             return
-        held, due = _parts(state), _parts(self.init_state(0))
-        if len(held) != len(due) or not all(map(_fits, held, due)):
+        if self._due is None:  # asked once: a step of decoding is short
+            self._due = _sizes(self.init_state(0))
+        held = _sizes(state)
+        if len(held) != len(self._due) or not all(map(_fits, held, self._due)):
+            shown = [", ".join("none" if size is None else str(size) for size in sizes) for sizes in (held, self._due)]
             raise ValueError(
-                f"{type(self).__name__}: state has parts of {_sizes(held)} in each row, expected {_sizes(due)}, as "
-                "init_state gives it"
+                f"{type(self).__name__}: state has parts of {shown[0]} in each row, expected {shown[1]}, as init_state "
+                "gives it"
             )
 
 
@@ -356,20 +360,18 @@ def map_state(function: Any, *states: StateT) -> StateT:
     raise TypeError(f"a state holds tensors, None and (named) tuples, not {type(first).__name__}")
 
 
-def _parts(state: State) -> list[Tensor | None]:
-    """The tensors of a state, and the None where it could hold one, in order."""
-    return [part for inner in state for part in _parts(inner)] if isinstance(state, tuple) else [state]
+def _sizes(state: State) -> list[tuple[int, ...] | None]:
+    """Of the tensors of a state in each row, and None where it could hold one, in order."""
+    if isinstance(state, tuple):
+        return [size for part in state for size in _sizes(part)]
+    return [None if state is None else tuple(state.shape[1:])]
 
 
-def _fits(part: Tensor | None, fresh: Tensor | None) -> bool:
-    if part is None or fresh is None:
-        return part is fresh or (part is not None and part.shape[-1] == 0)  # room, see `KVState`
-    fixed = 2 if fresh.shape[1:2] == (0,) else 1
-    return part.dim() == fresh.dim() and part.shape[fixed:] == fresh.shape[fixed:]
-
-
-def _sizes(parts: list[Tensor | None]) -> str:
-    return ", ".join("none" if part is None else str(tuple(part.shape[1:])) for part in parts)
+def _fits(size: tuple[int, ...] | None, due: tuple[int, ...] | None) -> bool:
+    if size is None or due is None:
+        return size is due or (size is not None and size[-1:] == (0,))  # room, see `KVState`
+    fixed = 1 if due[:1] == (0,) else 0
+    return len(size) == len(due) and size[fixed:] == due[fixed:]
 
 
 def detach_state(state: StateT) -> StateT:
