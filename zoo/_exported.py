@@ -250,7 +250,7 @@ def onnx_reason(error: BaseException) -> str:
 
 def _compare(model: nn.Module, path: Path, trials: list[tuple[Any, ...]], record: Mapping[str, Any]) -> float | None:
     """The largest difference of the outputs over all trials; None where nothing here runs ONNX. Raises ValueError where
-    it is too large."""
+    it is too large, and where onnxruntime cannot run the program."""
     if path.suffix == ".onnx":
         try:
             import onnxruntime  # noqa: F401
@@ -265,7 +265,15 @@ def _compare(model: nn.Module, path: Path, trials: list[tuple[Any, ...]], record
             with torch.no_grad():
                 expected = PlainModel(model, absent)(*given)
             wanted = expected if isinstance(expected, dict) else {record["outputs"][0]["name"]: expected}
-            found = run_exported(path, named_inputs(inputs), record)
+            try:
+                found = run_exported(path, named_inputs(inputs), record)
+            except Exception as error:
+                if path.suffix != ".onnx":
+                    raise
+                raise ValueError(  # onnxruntime's errors are no RuntimeErrors
+                    f"{_name(model)} has an ONNX form that onnxruntime cannot run: {str(error).splitlines()[0]}; "
+                    "format='torch' exports it"
+                ) from error
             for name, value in wanted.items():
                 other = found[name]
                 if other.shape != value.shape:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from seqzoo.blocks.registry import list_mixers
+from seqzoo.zoo import _exported as exported
 from seqzoo.zoo import create_model, export_model, list_models, load_model, model_info, save_exported, save_model
 from seqzoo.zoo._export import PlainModel, inputs_of_length, length_axis, without_empty
 from seqzoo.zoo._exported import TOLERANCE
@@ -187,6 +188,21 @@ def test_onnxruntime_gives_what_the_model_gives_at_any_length(mixer, tmp_path: P
         torch.testing.assert_close(
             torch.from_numpy(session.run(["y"], {"input": tokens.numpy()})[0]), expected, atol=1e-4, rtol=0
         )
+
+
+def test_what_onnxruntime_cannot_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its errors are of no class of Python's; the file is not kept."""
+    pytest.importorskip("onnxscript")
+    errors = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
+
+    def fail(*given):
+        raise errors.Fail("[ONNXRuntimeError] : 1 : FAIL : a node\nand more")
+
+    monkeypatch.setattr(exported, "run_exported", fail)
+    message = r"an ONNX form that onnxruntime cannot run: .* a node; format='torch' exports it"
+    with pytest.raises(ValueError, match=message):
+        save_exported(language("softmax"), tmp_path / "out", length=16, batch=1, format="onnx")
+    assert not list((tmp_path / "out").glob("*.onnx"))
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path):
