@@ -239,7 +239,7 @@ class ChunkAttention(nn.Module):
         if visible is not None and not self.causal:
             v = v.masked_fill(~visible.transpose(1, 2), 0)
         o = self._attend(q, k, v, bias, visible, number)
-        return o.reshape(rows, groups * chunk, -1)[:, :length]
+        return o.reshape(rows, groups * chunk, o.shape[2])[:, :length]
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, count: Tensor) -> Tensor:
         """Fewer new tokens than a chunk (or no chunks), after `count` cached ones: k, v: (R, S + M, ...), joined."""

@@ -160,7 +160,7 @@ def running_agent_attention(
     chosen = choose_backend(OP, backend, dtype=wide, device=q.device)
     valid = None if lengths is None else torch.arange(length, device=q.device) < lengths.unsqueeze(1)
     state = None if initial_state is None else RunningState(*(t.to(wide) for t in initial_state))
-    if length == 0:
+    if 0 in (batch, length):
         if return_state and state is None:
             num = v.new_zeros(batch, heads, agents.shape[0], v.shape[3], dtype=wide)
             state = RunningState(num.new_full(num.shape[:3], ABSENT), num.new_zeros(num.shape[:3]), num)

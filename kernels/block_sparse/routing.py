@@ -45,7 +45,7 @@ def route(q: Tensor, k: Tensor, number: int, *, exists: Tensor | None = None, be
         if torch.compiler.is_exporting():  # at once, whatever the sizes are
             return _largest_of_any(q @ k, number, exists, before)
         number = min(number, blocks)
-        if number == 0 or groups == 0:
+        if 0 in (batch, number, groups):
             return torch.zeros(batch, heads, groups, number, dtype=torch.int64, device=q.device)
         step = max(1, _STEP.get(q.device.type, 1 << 22) // (batch * heads * blocks))
         parts = []

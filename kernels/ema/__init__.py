@@ -95,7 +95,7 @@ def ema(
     if initial_state is not None:
         h, tail = initial_state
         initial_state = EmaState(h.to(dtype), None if tail is None else tail.to(dtype))
-    if length == 0:
+    if 0 in (batch, length):
         return x, _empty(x, ahead, truncation, initial_state, dtype) if return_state else None
     work = x if choice.name == "triton" else x.to(dtype)  # that one reads x as it is
     if lengths is not None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packing import packed_bounds
 from .fused_launch import (
     Plan,
     chunk_length,
@@ -32,7 +33,7 @@ def _plans(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[
     (batch, length, heads, key), (source, value) = q.shape, (v.shape[1], v.shape[3])
     if cu_seqlens is not None:
         chunk = chunk_length(length, key, value, q.dtype, False, None)
-        plan = plan_packed(cu_seqlens.tolist(), q.device, heads, value, length, chunk)
+        plan = plan_packed(packed_bounds(cu_seqlens, length), q.device, heads, value, length, chunk)
         return plan, plan
     plans = (
         plan_rows(batch, heads, value, size, chunk_length(size, key, value, q.dtype, False, None))

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..packing import packed_bounds
+
 
 class LinearState(NamedTuple):
     """What causal linear attention carries: s (B, H, K, V), the sum of k v^T, and z (B, H, K), the sum of k.
@@ -51,6 +53,7 @@ def naive_linear_attention(
         q_BLHK, k_BSHK, v_BSHV = q.to(acc) * scale, k.to(acc), v.to(acc)
         member = None
         if cu_seqlens is not None:
+            packed_bounds(cu_seqlens, q.shape[1])
             positions = torch.arange(q.shape[1], device=q.device)
             bounds = cu_seqlens.long()[:, None]
             member = ((bounds[:-1] <= positions) & (positions < bounds[1:]))[:, :, None, None]  # (N, L, 1, 1)

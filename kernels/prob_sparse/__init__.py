@@ -96,7 +96,7 @@ def prob_sparse_attention(
     for name, mask, size in (("key_mask", key_mask, source), ("query_mask", query_mask, length)):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, size)):
             raise ValueError(f"{name} is {mask.dtype} {tuple(mask.shape)}, expected bool ({batch}, {size})")
-    if length == 0 or source == 0:
+    if 0 in (batch, length, source):
         return q.new_zeros(batch, length, heads, v.shape[-1])
     sample = _key_sample(q, source, factor, sampling, sample_index, generator, seed)
     sizes = {"key": q.shape[-1]}

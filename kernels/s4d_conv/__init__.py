@@ -102,7 +102,7 @@ def s4d_conv(
     choice = choose_backend("s4d_conv", backend, dtype=dtype, device=u.device, sizes=sizes)
     if state is not None:
         state = state.to(dtype)
-    if length == 0:
+    if 0 in (batch, length):
         if output_state and state is None:
             state = u.new_zeros(batch, *log_a.shape, 2, dtype=dtype)
         return u, state if output_state else None

@@ -82,7 +82,7 @@ def vq_attention(
     if return_state and state is None and chunk_size is not None:
         shape = q.shape[0], chunk_size, codebook.shape[1], q.shape[2], q.shape[3], v.shape[3]
         state = empty_state(*shape, device=q.device, dtype=v.dtype)
-    if q.shape[1] == 0:
+    if 0 in q.shape[:2]:
         return v.new_zeros(*q.shape[:3], v.shape[3]), state if return_state else None
     return choice.run(
         q,

@@ -5,13 +5,26 @@ See `test_properties`, and `mixer_strategies` for what is drawn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import FILLERS, Setup, build, close, forall, gradients, lengths, mask_of, masks, setups, tensor
+from mixer_strategies import (
+    FILLERS,
+    Setup,
+    build,
+    close,
+    forall,
+    gradients,
+    lengths,
+    mask_of,
+    masks,
+    setups,
+    state_shapes,
+    tensor,
+)
 from torch import Tensor
 
 from seqzoo.blocks.protocol import ChunkSummary, Mixer, State, map_state, reset_rows, select_rows, state_elements
@@ -93,17 +106,6 @@ class History:
     residual: list[Tensor] = field(default_factory=list)
 
 
-def shapes(state: State) -> list[torch.Size]:
-    found: list[torch.Size] = []
-
-    def note(part: Tensor) -> Tensor:
-        found.append(part.shape)
-        return part
-
-    map_state(note, state)
-    return found
-
-
 def slots(case: Stream) -> int:
     """Tokens, pads included, that a row's cache comes to hold."""
     return sum(s.width if isinstance(s, Chunk) else max(s.sizes) if isinstance(s, Together) else 0 for s in case.steps)
@@ -119,8 +121,8 @@ def run(mixer: Mixer, case: Stream) -> tuple[list[History], State]:
             continue
         if isinstance(step, Reset):
             fresh = mixer.init_state(len(rows), max_len=slots(case) if case.bounded else None)
-            if shapes(fresh) != shapes(state):  # a cache that grows has other slots: no rows are reset in it
-                continue
+            if state_shapes(fresh) != state_shapes(state):
+                continue  # a cache that grows has other slots: no rows are reset in it
             state = reset_rows(state, torch.tensor(step.rows), fresh)
             rows = [History() if again else row for row, again in zip(rows, step.rows, strict=True)]
             continue
@@ -243,24 +245,3 @@ def test_summaries_join_in_any_grouping(name: str) -> None:
         close(torch.cat(outputs, 1), mixer(x, state=start).y, "outputs after the prefixes")
 
     forall(groupings(name), holds, few=4)
-
-
-@pytest.mark.parametrize("name", STREAMING)
-def test_a_state_of_another_build_is_refused(name: str) -> None:
-    """Where a part has other sizes, but for a cache's slots, it is a ValueError."""
-
-    def holds(case: tuple[Setup, Setup]) -> None:
-        mine, other = (build(replace(setup)) for setup in case)
-        state, own = other.init_state(2), shapes(mine.init_state(2))
-        fits = len(shapes(state)) == len(own) and all(
-            theirs == ours or (len(theirs) == len(ours) and ours[1:2] == (0,) and theirs[2:] == ours[2:])
-            for theirs, ours in zip(shapes(state), own, strict=True)
-        )
-        if fits:
-            mine(tensor(2, 3, mine.dim, seed=1), state=state)
-            return
-        with pytest.raises(ValueError, match=r"state(\.\w+)? (has|is) "):
-            mine(tensor(2, 3, mine.dim, seed=1), state=state)
-
-    one = setups(name, ["causal"])
-    forall(st.tuples(one, one), holds, few=6)
