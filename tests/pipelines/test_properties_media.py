@@ -45,7 +45,7 @@ RANDOM = st.randoms(use_true_random=False)
 # spans ----------------------------------------------------------------------------------------------------------------
 
 
-@examples(80)
+@examples(40)
 @given(one=SPANS, other=SPANS)
 def test_iou_of_whole_seconds_is_counted(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> None:
     def cells(spans: list[tuple[float, float]]) -> set[int]:
@@ -58,7 +58,7 @@ def test_iou_of_whole_seconds_is_counted(one: list[tuple[float, float]], other: 
     assert all(a[1] < b[0] for a, b in itertools.pairwise(joined))
 
 
-@examples(80)
+@examples(40)
 @given(one=REAL, other=REAL)
 def test_iou_is_symmetric_and_bounded(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> None:
     iou = span_iou(one, other)
@@ -187,8 +187,12 @@ def test_spans_of_a_video_are_apart_and_within_it(scores: list[float], steps: li
         score_spans(times, np.array(scores), max_gap=gap, start=0.0, end=end),
         chosen_spans(times, np.array(scores), start=0.0, end=end),
     ):
-        assert all(0 <= span.start <= span.end <= end and min(scores) <= span.score <= max(scores) for span in spans)
+        assert all(0 <= span.start <= span.end <= end for span in spans)
+        assert all(min(scores) - 1e-9 <= span.score <= max(scores) + 1e-9 for span in spans)
         assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
+    # frames below the level count for no span, even where their cells are within one
+    chosen = chosen_spans(times, np.array(scores), start=0.0, end=end)
+    assert all(span.score >= 0.75 * max(scores) - 1e-9 for span in chosen) and bool(chosen) == (max(scores) > 0)
     if len(set(scores)) == 1:  # nothing stands out
         assert score_spans(times, np.array(scores)) == []
     cells = frame_cells(times, start=0.0, end=end, reach=1.0)
@@ -201,7 +205,7 @@ def test_spans_of_a_video_are_apart_and_within_it(scores: list[float], steps: li
 # matching -------------------------------------------------------------------------------------------------------------
 
 
-@examples(80)
+@examples(40)
 @given(truth=REAL, found=REAL, offset=st.booleans(), collar=st.sampled_from([0.2, 1.0, 10.0]))
 def test_matching_is_that_of_scipy(
     truth: list[tuple[float, float]], found: list[tuple[float, float]], offset: bool, collar: float
@@ -226,7 +230,9 @@ def test_matching_is_that_of_scipy(
     sums.update([(*span, 0) for span in truth], [(*span, 0) for span in found], 140.0)
     scores = sums.compute()
     for name in ("event_f1", "event_f1_any", "precision", "recall", "segment_f1", "miou", "recall_at_0.5"):
-        assert 0 <= scores[name] <= 1 or (math.isnan(scores[name]) and not (truth and found))
+        # NaN where nothing can be counted: no span, or none that is longer than a rounding error
+        countable = total(union(truth)) > 1e-6 and total(union(found)) > 1e-6
+        assert 0 <= scores[name] <= 1 or (math.isnan(scores[name]) and not countable)
 
 
 @pytest.mark.parametrize("number", [10, 3000])
@@ -235,16 +241,18 @@ def test_matching_of_dense_events_is_not_deeper_than_python_goes(number: int) ->
     truth = [(0.3 * i, 0.3 * i + 0.2) for i in range(number)]
     found = [(0.3 * i + 0.15, 0.3 * i + 0.3) for i in range(number)]
     assert match_events(truth, found) == number
+    assert match_events(truth[::-1], found) == number  # the last one to be matched moves all the others
     assert match_events(truth, found[:-1]) == match_events(truth[::-1], found[:-1]) == number - 1
 
 
 @examples(40)
 @given(spans=SPANS, seconds=st.integers(24, 40), segment=st.sampled_from([1.0, 2.0, 0.5]))
 def test_segments_are_those_that_a_span_touches(spans: list[tuple[float, float]], seconds: int, segment: float) -> None:
+    spans = [span for span in spans if span[0] < span[1]]  # as tables have them
     active = segment_activity(spans, float(seconds), segment=segment)
     places = [(i * segment, (i + 1) * segment) for i in range(len(active))]
     assert len(active) == -(-seconds // segment)
-    assert active.tolist() == [any(a < end and start < b for start, end in spans if start < end) for a, b in places]
+    assert active.tolist() == [any(a < end and start < b for start, end in spans) for a, b in places]
 
 
 # samplers -------------------------------------------------------------------------------------------------------------
@@ -372,7 +380,7 @@ def test_every_piece_is_tested_in_one_fold(held_out: int, times: int, length: fl
     assert sorted(tested) == list(range(parts))
 
 
-@examples(80)
+@examples(40)
 @given(
     rows=st.lists(
         st.tuples(st.integers(0, 9), st.integers(0, 2), st.none() | st.sampled_from("pqrs")), min_size=1, max_size=25
@@ -464,7 +472,7 @@ class Encoder:
         return SimpleNamespace(y=torch.stack((near, place.double()), -1))
 
 
-@examples(60)
+@examples(40)
 @given(
     frames=st.integers(1, 90), hop=st.integers(1, 7), length=st.integers(1, 9), piece=st.integers(1, 60),
     reach=st.integers(0, 3), more=st.integers(0, 2), batch=st.integers(1, 4),
@@ -577,7 +585,7 @@ class Reader:
         pass
 
 
-@examples(60)
+@examples(30)
 @given(
     steps=st.tuples(*[st.sampled_from([0.04, 0.1, 1 / 3, 0.5])] * 3), slack=st.sampled_from([1e-6, 0.1, 1.0, 20.0]),
     number=st.integers(1, 6), min_gap=st.sampled_from([0.0, 0.37, 2.0]),
@@ -635,7 +643,7 @@ def test_composed_videos_are_as_long_as_asked_and_show_their_events(
             composer.plan(needed * 0.9 - 0.01, seed, number=number) if needed > 1 else composer.plan(0.1, 0, number=50)
 
 
-@examples(30)
+@examples(15)
 @given(
     kinds=st.integers(1, 3), negatives=st.sampled_from([0.0, 0.5, 0.99]), seed=st.integers(0, 10**6),
     fps=st.sampled_from([1.0, 2.0, 10.0]), seconds=st.sampled_from([8.0, 20.0]),
@@ -669,13 +677,11 @@ def test_windows_to_train_on_show_their_query_where_they_say(
         shown = batch["features"][row, real, int(batch["query"][row, 0])]
         assert torch.equal(shown, batch["inside"][row, real])
         assert not batch["inside"][row, ~real].any() and (batch["times"][row, real].diff() > 0).all()
-        first, last = batch["edges"][row].unbind(-1)
-        if shown.any():
-            assert first.sum() == pytest.approx(1) and last.sum() == pytest.approx(1)
-            runs = int((torch.nn.functional.pad(shown, (1, 0)).diff() > 0).sum())
-            assert int((first > 0).sum()) == int((last > 0).sum()) == runs
-        else:
-            assert not first.any() and not last.any()
+        first, last = batch["edges"][row, real].unbind(-1)
+        assert not batch["edges"][row, ~real].any()
+        change = torch.nn.functional.pad(shown, (1, 1)).diff()
+        assert torch.equal(first > 0, change[:-1] > 0) and torch.equal(last > 0, change[1:] < 0)
+        assert first.sum() == last.sum() == pytest.approx(float(shown.any()))
 
 
 # composed recordings --------------------------------------------------------------------------------------------------
@@ -703,10 +709,10 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[An
     return clips, backgrounds
 
 
-@examples(40)
+@examples(25)
 @given(
     seconds=st.floats(1.0, 12.0), per_minute=st.sampled_from([0.0, 10.0, 60.0, 300.0]), overlap=st.booleans(),
-    min_gap=st.sampled_from([0.0, 0.1]), snr_db=st.sampled_from([0.0, (-10.0, 30.0)]),
+    min_gap=st.sampled_from([0.0, 0.1]), snr_db=st.sampled_from([0.0, 45.0, (-10.0, 30.0)]),
     speed=st.sampled_from([1.0, (0.7, 1.4)]), crossfade=st.sampled_from([0.001, 0.3]),
     seed=st.integers(0, 10**6), draw=RANDOM,
 )  # fmt: skip
