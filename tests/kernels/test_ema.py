@@ -273,6 +273,8 @@ def test_strides_do_not_matter():
         ({"initial_state": EmaState(torch.ones(1, D, N))}, "initial_state has shapes"),
         ({"initial_state": EmaState(torch.ones(2, D, N)), "truncation": 3}, "initial_state has shapes"),
         ({"behind": [torch.ones(D, N + 1)] * 3}, "behind holds"),
+        ({"ahead": [torch.ones(D + 1, N)] * 3}, "ahead holds"),
+        ({"ahead": [torch.ones(D)] * 3}, "ahead holds"),
         ({"return_state": True, "behind": [torch.ones(D, N)] * 3}, "looks ahead"),
         ({"backend": "triton"}, "backend='triton'"),
     ],

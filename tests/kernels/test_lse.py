@@ -118,6 +118,9 @@ def test_bad_arguments():
     q, k, v = (t.detach() for t in draw(3, 5))
     for bad, word in (
         ({"k": k[:, :4]}, "do not go together"),
+        ({"q": q[:1]}, "do not go together"),
+        ({"q": q[..., :5]}, "do not go together"),
+        ({"q": q[:, :, :3]}, "do not go together"),
         ({"v": torch.zeros(2, 5, 4, 7)}, "wider than the keys"),
         ({"mask": torch.ones(3, 5)}, "expected bool"),
         ({"backend": "cudnn"}, "cudnn"),
