@@ -142,9 +142,20 @@ def _difference(before: list[str], after: list[str]) -> tuple[str, str]:
 
 def excluded_spans(tree: ast.AST) -> Iterator[tuple[str, Span]]:
     """Each stretch of code whose mutants cannot matter, with the rule."""
+    # What a mixer is tested with stands in it as `variants`, in part by way of constants.
+    given = [node for node in ast.walk(tree) if "variants" in _targets(node)]
+    names = {part.id for node in given for part in ast.walk(node) if isinstance(part, ast.Name) and part.id.isupper()}
     for node in ast.walk(tree):
+        if _targets(node) & {"variants", *names}:
+            yield "settings of the conformance suite", _span(node)
         for rule, nodes in _RULES.items():
             yield from ((rule, _span(part)) for part in nodes(node) if part is not None)
+
+
+def _targets(node: ast.AST) -> set[str]:
+    """The names that an assignment gives a value to."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _span(node: ast.AST) -> Span:
@@ -177,12 +188,6 @@ def _launch(node: ast.AST) -> Iterable[ast.AST | None]:
     return [node] if tuned else []
 
 
-def _settings(node: ast.AST) -> Iterable[ast.AST | None]:
-    """What a mixer is tested with, which stands in it as `variants`."""
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [node] if any(isinstance(target, ast.Name) and target.id == "variants" for target in targets) else []
-
-
 def _cuda(node: ast.AST) -> Iterable[ast.AST | None]:
     if isinstance(node, ast.Dict):
         pairs = zip(node.keys, node.values, strict=True)
@@ -198,5 +203,4 @@ _RULES: dict[str, Callable[[ast.AST], Iterable[ast.AST | None]]] = {
     "message": _messages,
     "launch configuration": _launch,
     "reached on CUDA only": _cuda,
-    "settings of the conformance suite": _settings,
 }

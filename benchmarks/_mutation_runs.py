@@ -28,7 +28,7 @@ PRELOADED = ("torch", "torch._dynamo", "torch._inductor", "pytest", "hypothesis"
 PRELOADED += ("triton", "mambapy", "fla", "vector_quantize_pytorch", "torchaudio", "lightning", "onnxruntime")
 MEASURED = ("kernels", "blocks/mixers")
 # Their work is done in other processes, where it is not seen which lines they reach.
-ELSEWHERE = re.compile(r"test_(ranks|sequence_parallel\w*|triton_lowering|gpu)\.py$")
+ELSEWHERE = re.compile(r"test_(ranks|sequence_parallel_models|triton_lowering|gpu)\.py$")
 
 
 def prepare(copy: Path) -> None:

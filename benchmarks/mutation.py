@@ -4,9 +4,10 @@
 
 cosmic-ray's operators (pip install cosmic-ray coverage; no extra has them) change one place at a time in a copy of the
 repository at HEAD. The places are a sample in proportion to what a file has of them; a larger sample holds a smaller.
-A mutant meets the tests of tests/kernels and tests/blocks, of the default suite, that reach its line: its own file of
-tests first, the fastest first, then others worth --others seconds. It is killed when one fails, dies or takes five
-times its time. Results go to benchmarks/results/mutation.json and .md as they come; called again it goes on.
+A mutant meets the tests of tests/kernels and tests/blocks, in the default suite, that reach its line, fastest first:
+of its own file of tests what takes four times --others seconds, then of the others what takes that. It is killed when
+one fails, dies or takes five times its time. Results go to benchmarks/results/mutation.json and .md as they come;
+called again it goes on.
 mutation_equivalent.toml lists mutants that cannot be told from the original, with the reason.
 """
 
@@ -69,20 +70,18 @@ def own(name: str, test: str) -> bool:
 
 
 def stages(reach: Reach, copy: Path, place: Place, others: float) -> Iterator[dict[str, float]]:
-    """The tests that a mutant meets, with their seconds: its own, then others worth so many seconds."""
+    """The tests that a mutant meets, with their seconds: its own, then others, worth so many seconds."""
     source = copy / place.path
     known = reach.tests(source, place.path, statement(source.read_text(encoding="utf-8"), place.line))
     if not known:  # not reached, or not seen to be: in a compiled graph, say
         known = {test: seconds for test, seconds in reach.every().items() if own(place.path, test)}
     fastest = dict(sorted(known.items(), key=lambda item: (round(item[1], 2), item[0])))
-    first = {test: seconds for test, seconds in fastest.items() if own(place.path, test)}
-    yield first
-    rest, spent = {}, 0.0
-    for test, seconds in fastest.items():
-        spent += 0 if test in first else seconds
-        if test not in first and spent <= others:
-            rest[test] = seconds
-    yield rest
+    for mine, limit in ((True, 4 * others), (False, others)):
+        chosen, spent = {}, 0.0
+        for test, seconds in fastest.items():
+            if own(place.path, test) == mine and spent + seconds <= limit:
+                chosen[test], spent = seconds, spent + seconds
+        yield chosen
 
 
 def attempt(copy: Path, tests: dict[str, float], builds: bool) -> dict[str, Any]:

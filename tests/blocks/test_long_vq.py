@@ -292,3 +292,22 @@ def test_bad_inputs():
             other.init_state(1)
         with pytest.raises(ValueError, match="carries no state"):
             other.state_size(1)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_projections_before_a_norm_start_wide(cross, qk_norm):
+    """With qk_norm keys and queries start from N(0, 1 / D), and scales from N(0, 1); the rest from N(0, 0.02^2)."""
+    torch.manual_seed(0)
+    dim, z = 128, 64
+    gated = LongVQ(dim, cross=cross, qk_norm=qk_norm).gated
+    if cross:
+        rows, rest = (gated.k_proj.weight, gated.q_proj.weight[-z:]), [gated.q_proj.weight[:-z]]
+    else:
+        weight = gated.mx_proj.weight
+        rows, rest = [weight[dim : dim + z]], [weight[:dim], weight[dim + z :]]
+        assert gated.qk_weight.std().item() == pytest.approx(1.0 if qk_norm else 0.02, rel=0.2)
+    for part in rows:
+        assert part.std().item() == pytest.approx(dim**-0.5 if qk_norm else 0.02, rel=0.1)
+    for part in rest:
+        assert part.std().item() == pytest.approx(0.02, rel=0.1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import seqzoo
 from seqzoo.blocks import registry
@@ -122,3 +125,19 @@ def test_the_file_of_a_mixer_has_its_name() -> None:
     for name in list_mixers():
         assert mixer_info(name).cls.__module__ == f"seqzoo.blocks.mixers.{name}"
         assert mixer_info(name).paper
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_the_configuration_holds_every_option_with_its_default(name):
+    """What a mixer is without options is written down twice, in its constructor and in conf/mixer; they agree."""
+    path = Path(__file__).parents[2] / "conf" / "mixer" / f"{name}.yaml"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = inspect.signature(mixer_info(name).cls).parameters.values()
+    general = ("dim", "causal", "cross", "device", "dtype")
+    assert written == {"name": name} | {p.name: p.default for p in known if p.name not in general}
+    assert {p.name: p.default for p in known if p.name in general[1:]} == {
+        "causal": False,
+        "cross": False,
+        "device": None,
+        "dtype": None,
+    }
