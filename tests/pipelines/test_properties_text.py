@@ -200,7 +200,7 @@ def test_a_separator_cuts_a_file_as_it_cuts_bytes(pieces: list[bytes], mark: byt
 
 @examples(50)
 @given(
-    texts=st.lists(st.text(st.sampled_from("a\ud83d\ude00\0") | st.characters(), max_size=12), max_size=6),
+    texts=st.lists(st.lists(st.sampled_from('aé\ud83d\ude00\0\n"') | TEXTS, max_size=6).map("".join), max_size=6),
     ascii_only=st.booleans(),
 )
 def test_lines_of_json_are_their_texts(texts: list[str], ascii_only: bool, tmp_path: Path) -> None:
@@ -240,6 +240,7 @@ def corpus_of(predictions: list[int]) -> Corpus:
     kind=st.sampled_from(["packed", "filled", "sliding", "carried"]), batch=st.integers(1, 5),
     draw=st.randoms(use_true_random=False),
 )  # fmt: skip
+@example(sizes=[4] * 6, seq_len=8, kind="packed", batch=1, draw=random.Random(19))  # of all, two to a row
 def test_rows_ask_for_every_token_once_and_in_order(
     sizes: list[int], seq_len: int, kind: str, batch: int, draw: random.Random
 ) -> None:
