@@ -13,6 +13,7 @@ import itertools
 import os
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from _runs import RESULTS, write_result
@@ -133,7 +134,9 @@ def summary(rows: list[dict[str, Any]], status: int | None) -> dict[str, Any]:
             q: round(factor * (b[name] - a[name]) / max(b["steps"] - a["steps"], 1), 2) for q, (a, b) in ranges.items()
         }
 
-    growing = ("rss_mb", "workers_rss_mb", "files", "threads")
+    # how many there are at a moment varies, and one that is ending has no memory any more: the median
+    worker = {q: median(r["workers_rss_mb"] / max(r["workers"], 1) for r in part) for q, part in ends.items()}
+    growing = ("rss_mb", "files", "threads")
     return {
         "steps": last["steps"],
         "epochs": last["epochs"],
@@ -146,6 +149,7 @@ def summary(rows: list[dict[str, Any]], status: int | None) -> dict[str, Any]:
         "growth_per_1000_steps": {name: round(slope(rows, name), 3) for name in growing},
         "growth_in_six_hours": {name: round(slope(rows, name) * STEPS / 1000, 1) for name in growing},
         "rss_mb": mean("rss_mb"),
+        "rss_mb_of_a_worker": {q: round(value, 1) for q, value in worker.items()},
         "open_files_at_most": largest("files"),
         "threads_at_most": largest("threads"),
         "processes_at_most": largest("workers"),

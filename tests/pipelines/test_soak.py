@@ -77,7 +77,8 @@ def test_what_grows_in_a_long_run_is_seen(soak: Any, tmp_path: Path) -> None:
         rows.append({"steps": steps, "epochs": steps // EPOCH, "seconds": 3 * cpu, "cpu_s": cpu, **grows, **logs})
     assert abs(slope(rows, "rss_mb") - 2) < 1e-9 and abs(slope(rows, "files")) < 1e-9
     found = summary(rows, 143)
-    assert found["growth_in_six_hours"] == {"rss_mb": 43.2, "workers_rss_mb": 0.0, "files": 0.0, "threads": 0.0}
+    assert found["growth_in_six_hours"] == {"rss_mb": 43.2, "files": 0.0, "threads": 0.0}
+    assert found["rss_mb_of_a_worker"] == {"first quarter": 12.5, "last quarter": 12.5}
     assert found["cpu_ms_a_step"] == {"first quarter": 10.0, "last quarter": 20.0}
     assert found["ms_a_step"] == {"first quarter": 30.0, "last quarter": 60.0}
     assert found["log_bytes_a_step"]["metrics_csv"] == {"first quarter": 0.01, "last quarter": 0.01}
