@@ -130,6 +130,13 @@ def test_bad_bounds_are_refused(bounds):
         linear_attention(q, k, v, causal=True, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), backend="triton")
 
 
+def test_packed_sequences_take_a_segment_more_each_at_most(short_segments):
+    """Whatever their bounds: what memory is taken for holds them all, and grows with their number alone."""
+    for bounds in ([0, 100], [0, 1, 2, 100], [0, 33, 66, 100], [0, 0, 99, 100]):
+        found = fused_launch.plan_packed(bounds, torch.device("cpu"), 2, 16, 100, 16)
+        assert found.total <= found.segments == 100 // found.size + len(bounds) - 1
+
+
 def test_masked_keys_are_absent():
     q, k, v, _, _ = inputs(2, 12)
     mask = torch.zeros(2, 12, dtype=torch.bool, device=DEVICE)
