@@ -234,7 +234,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=400, help="mutants, of all paths together")
     parser.add_argument("--paths", nargs="*", default=list(MEASURED), help="files and folders")
-    parser.add_argument("--again", choices=["survivors"], help="try those once more that survived")
+    parser.add_argument(
+        "--again", choices=["survivors"], help="try those once more that survive and are not equivalent"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--others", type=float, default=60.0, help="seconds of tests beside a mutant's own")
@@ -259,12 +261,13 @@ def main() -> None:
     result: dict[str, Any] = {"settings": settings, "commit": head.strip(), "places": sizes, "excluded": excluded}
     sample = places[: options.sample]
     rows = {place.key: known[place.key] for place in sample if place.key in known}
-    again = {key for key, row in rows.items() if options.again and row["outcome"] == "survived"}
+    same, left = equivalent(), [row for row in rows.values() if options.again and row["outcome"] == "survived"]
+    again = {row["key"] for row in left if (row["path"], row["before"], row["after"]) not in same}
     todo = [place for place in sample if place.key not in rows or place.key in again]
     tasks = [(place, place in sample[: options.controls]) for place in todo]
     for number, (place, row) in enumerate(in_turn(options.jobs, copies, reach, tasks, options.others), 1):
         if row is not None:
-            rows[place.key] = {**row, "first": rows.get(place.key, row).get("first", row["outcome"])}
+            rows[place.key] = {**row, "first": rows.get(place.key, {}).get("first", row["outcome"])}
             print(f"{number}/{len(todo)} {row['outcome']} {row['path']}:{row['line']} {row['after']}", flush=True)
         _write(result, rows)
     _write(result, rows)
