@@ -18,6 +18,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from .parquet_pages import oversized
 
 _COMPRESSED = (".gz", ".bz2", ".zst")
 _TEXT = (".csv", ".tsv", ".txt")
@@ -226,9 +227,12 @@ def _open_parquet(path: Path) -> Source:
     try:
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
+            wrong = oversized(path, file.metadata)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a name of a column may be any bytes
         detail = "the file is empty" if path.stat().st_size == 0 else str(error).splitlines()[0]
         raise UserError(f"cannot read {path} as Parquet: {detail}") from None
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: {wrong}; write or fetch it again")
     if rows == 0:
         raise UserError(f"{path} has columns and no rows")
     _check_names(path, schema.names)
