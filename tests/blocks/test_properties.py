@@ -18,7 +18,6 @@ from mixer_strategies import (
     Setup,
     build,
     close,
-    forall,
     gradients,
     laid_out,
     lengths,
@@ -29,6 +28,7 @@ from mixer_strategies import (
 )
 from torch import Tensor
 
+from examples import forall
 from seqzoo.blocks.protocol import Mixer
 from seqzoo.blocks.registry import list_mixers, mixer_info
 from seqzoo.blocks.testing.subject import CLOSE

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import Setup, build, forall, setups, state_shapes, tensor
+from mixer_strategies import Setup, build, setups, state_shapes, tensor
 
+from examples import forall
 from seqzoo.blocks.registry import list_mixers
 
 

@@ -16,7 +16,6 @@ from mixer_strategies import (
     Setup,
     build,
     close,
-    forall,
     gradients,
     lengths,
     mask_of,
@@ -27,6 +26,7 @@ from mixer_strategies import (
 )
 from torch import Tensor
 
+from examples import forall
 from seqzoo.blocks.protocol import ChunkSummary, Mixer, State, map_state, reset_rows, select_rows, state_elements
 from seqzoo.blocks.registry import list_mixers, mixer_info
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, example, given, seed, settings
+from hypothesis import strategies as st
 
 
 def examples(n: int) -> settings:
@@ -24,3 +28,21 @@ def examples(n: int) -> settings:
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
+
+
+def forall(
+    strategy: st.SearchStrategy[Any], holds: Callable[[Any], None], *, few: int, also: Iterable[Any] = ()
+) -> None:
+    """`holds` of `few` examples, counted as in `examples`, and of all in `also`: within a test that pytest repeats with
+    other parameters, each of which draws its own."""
+    chosen = settings(
+        examples(few),
+        derandomize=False,  # by the function's name, which all share
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    drawn = zlib.crc32(os.environ.get("PYTEST_CURRENT_TEST", "").encode())
+    test = seed(drawn)(chosen(given(strategy)(holds)))
+    for one in also:
+        test = example(one)(test)
+    test()

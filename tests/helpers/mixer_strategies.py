@@ -1,23 +1,16 @@
-"""What the property tests draw: a mixer with any of its options, batches with any mask, tensors with any stride.
-
-SEQZOO_EXAMPLES=200 draws that many examples per test, anew in each run (`--hypothesis-seed=N` repeats one); without it
-there are a few, always the same.
-"""
+"""What the property tests draw: a mixer with any of its options, batches with any mask, tensors with any stride."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import os
 import typing
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, example, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,8 +19,6 @@ from seqzoo.blocks.registry import create_mixer, mixer_info
 from seqzoo.blocks.testing import find_subjects
 from seqzoo.blocks.testing.subject import EQUAL64, error
 from seqzoo.kernels.dispatch import backends
-
-DEEP = int(os.environ.get("SEQZOO_EXAMPLES", "0"))
 
 # Around what chunks, blocks and windows are usually long, and primes.
 LENGTHS = (1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 31, 33, 37, 63, 64, 65, 67)
@@ -127,26 +118,6 @@ def build(setup: Setup, dtype: torch.dtype = torch.float64) -> Mixer:
             for parameter in mixer.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return mixer.to(dtype).eval()
-
-
-def forall(
-    strategy: st.SearchStrategy[Any], holds: Callable[[Any], None], *, few: int, also: Iterable[Any] = ()
-) -> None:
-    """`holds` of a few examples, or of SEQZOO_EXAMPLES, and of all in `also`; the test's name decides which."""
-    chosen = settings(
-        max_examples=DEEP or few,
-        derandomize=not DEEP,
-        deadline=None,
-        database=None,
-        phases=(Phase.explicit, Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    test = chosen(given(strategy)(holds))
-    if not DEEP:
-        test = seed(zlib.crc32(os.environ.get("PYTEST_CURRENT_TEST", "").encode()))(test)
-    for one in also:
-        test = example(one)(test)
-    test()
 
 
 def usable_backends(op: str) -> list[str]:

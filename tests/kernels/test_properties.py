@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import LAYOUTS, LENGTHS, close, forall, gradients, laid_out, tensor, usable_backends
+from mixer_strategies import LAYOUTS, LENGTHS, close, gradients, laid_out, tensor, usable_backends
 from torch import Tensor
 
+from examples import forall
 from seqzoo.kernels.agent_attention import running_agent_attention
 from seqzoo.kernels.dilated_conv import dilated_conv
 from seqzoo.kernels.ema import Coefficients, ema

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import LAYOUTS, LENGTHS, close, forall, laid_out, mask_of, masks, tensor, usable_backends
+from mixer_strategies import LAYOUTS, LENGTHS, close, laid_out, mask_of, masks, tensor, usable_backends
 from torch import Tensor
 
+from examples import forall
 from seqzoo.kernels.agent_attention import agent_attention
 from seqzoo.kernels.block_sparse import block_means, block_sparse_attention, route
 from seqzoo.kernels.linear_attention import LinearState, linear_attention

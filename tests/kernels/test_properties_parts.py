@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import LAYOUTS, LENGTHS, close, forall, gradients, laid_out, tensor, usable_backends
+from mixer_strategies import LAYOUTS, LENGTHS, close, gradients, laid_out, tensor, usable_backends
 from torch import Tensor
 
+from examples import forall
 from seqzoo.kernels.associative_scan import associative_scan
 from seqzoo.kernels.ema import Coefficients, ema
 from seqzoo.kernels.gated_linear_attention import (
