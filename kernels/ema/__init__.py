@@ -80,8 +80,9 @@ def ema(
         wanted = [(batch, dim, num_dims), None if truncation is None else (batch, truncation, dim)]
         if got != wanted:
             raise ValueError(f"initial_state has shapes {got}, expected {wanted}")
-    if truncation is not None and initial_state is None and not return_state and truncation >= length:
-        truncation = None  # no tap of the kernel is cut off
+    any_length = torch.compiler.is_exporting() and not isinstance(length, int)
+    if truncation is not None and initial_state is None and not return_state and not any_length:
+        truncation = None if truncation >= length else truncation  # no tap of the kernel is cut off
     dtype = torch.promote_types(torch.promote_types(x.dtype, ahead[0].dtype), torch.float32)
     choice = choose_backend(
         "ema",

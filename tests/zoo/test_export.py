@@ -119,6 +119,12 @@ def test_a_number_fixes_the_length_and_learned_positions_bound_it():
         program.module()(*inputs_of_length(model, 41, 1))
 
 
+def test_a_truncated_average_is_exported_for_shorter_and_longer_rows():
+    model = language({"name": "mega", "truncation": 40, "chunk_size": 16})
+    program = export_model(model)
+    check_equal(model, program, [inputs_of_length(model, n, 2) for n in (2, 39, 40, 41, 90)])
+
+
 def test_a_model_in_training_is_exported_in_evaluation_and_stays_in_training():
     model = language("softmax", proj_drop=0.5).train()
     program = export_model(model, length=6, batch=1)
