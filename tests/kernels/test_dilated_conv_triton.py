@@ -41,9 +41,12 @@ def compare(shape, dtype=torch.float32, *, device=DEVICE, backend="naive", **giv
         assert error <= TOLERANCE[dtype] * scale, f"error {error:.2e} of {scale:.2e}"
 
 
-@pytest.mark.parametrize("shape", [(2, 11, 5, 5, 3), (1, 6, 4, 3, 20), (1, 1, 2, 2, 1), (1, 70, 33, 3, 2)])
+SHAPES = [(2, 11, 5, 5, 3), (1, 6, 4, 3, 20), (1, 1, 2, 2, 1), (1, 70, 33, 3, 2), (2, 5, 32, 3, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_gradients(shape):
-    """Classes of unequal lengths; a dilation beyond the sequence; one token; several pieces and blocks."""
+    """Classes of unequal lengths; a dilation beyond the sequence; one token; several pieces and blocks; a full block."""
     compare(shape)
 
 
