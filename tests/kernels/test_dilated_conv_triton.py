@@ -46,7 +46,7 @@ SHAPES = [(2, 11, 5, 5, 3), (1, 6, 4, 3, 20), (1, 1, 2, 2, 1), (1, 70, 33, 3, 2)
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_gradients(shape):
-    """Classes of unequal lengths; a dilation beyond the sequence; one token; several pieces and blocks; a full block."""
+    """Classes of unequal lengths; a dilation beyond the sequence; one token; several pieces and blocks; full blocks."""
     compare(shape)
 
 
