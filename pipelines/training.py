@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ def create_optimizer(module: nn.Module, options: dict[str, Any], *, fused: bool 
     """adam, adamw, muon or sgd over `parameter_groups(module)`; options: name, lr, weight_decay, betas or momentum.
 
     layer_decay, among the options: the rate of each layer over that of the next one, see `layer_scales`; None: all
-    layers have the same. Raises UserError for one that is not in (0, 1], and for a model without layers.
+    layers have the same. Raises UserError for one that is not in (0, 1], for a model without layers, and for options
+    that the optimizer does not have.
     fused: one pass over the parameters instead of a dozen, the same numbers up to rounding; False under a gradient
     scaler, whose gradients could not be clipped.
     """
@@ -52,6 +54,12 @@ def create_optimizer(module: nn.Module, options: dict[str, Any], *, fused: bool 
     }
     if name not in classes:
         raise UserError(f"unknown optimizer {name!r}.{did_you_mean(name, OPTIMIZERS)}")
+    known = inspect.signature(classes[name]).parameters
+    for option in options.keys() - known.keys():
+        raise UserError(
+            f"optimizer {name!r} has no option {option!r}, which may be of the experiment's own optimizer: "
+            f"~optimizer.{option} takes it out.{did_you_mean(option, [*known])}"
+        )
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
     return classes[name](groups, fused=fused, **options)

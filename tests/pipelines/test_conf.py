@@ -23,6 +23,7 @@ from seqzoo.pipelines.config_files import (
     read_keys,
     read_title,
 )
+from seqzoo.pipelines.errors import UserError
 from seqzoo.pipelines.training import OPTIMIZERS, SCHEDULERS, create_optimizer, schedule
 from seqzoo.pipelines.validate import task_package
 from seqzoo.zoo import list_models, model_info
@@ -186,6 +187,12 @@ def test_data_files_state_the_arguments_of_the_data(name: str) -> None:
 def test_trainer_keys_are_those_of_the_trainer() -> None:
     known = set(inspect.signature(lightning.Trainer.__init__).parameters)
     assert set(composed()["trainer"]) - {"compile"} <= known
+
+
+def test_an_option_of_another_optimizer_is_said() -> None:
+    options = {**composed("optimizer=sgd")["optimizer"], "adam_lr": 0.1}
+    with pytest.raises(UserError, match=r"'sgd' has no option 'adam_lr'.*~optimizer\.adam_lr takes it out"):
+        create_optimizer(Backbone(8, 1), options)
 
 
 def test_optimizers_and_schedules_build_from_their_files() -> None:
