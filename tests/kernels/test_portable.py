@@ -92,6 +92,14 @@ def test_an_export_takes_the_portable_forms_unless_another_is_named(monkeypatch)
     assert packed.name == "chunked"  # the portable one has no packing
 
 
+def test_the_portable_forms_are_marked_and_no_compiled_ones():
+    from seqzoo.kernels import prob_sparse, vq_attention  # noqa: F401 - so that every operation above is registered
+
+    marked = {(op, name) for op, known in dispatch._BACKENDS.items() for name, b in known.items() if b.portable}
+    assert marked >= {(op, name) for op, known in dispatch._BACKENDS.items() for name in known if name == "portable"}
+    assert not marked & {(op, name) for op in dispatch._BACKENDS for name in ("triton", "compiled", "flash")}
+
+
 def test_delayed_keeps_the_length():
     x = torch.arange(5.0).view(1, 5)
     assert delayed(x, 2, fill=-1).tolist() == [[-1, -1, 0, 1, 2]]
