@@ -148,6 +148,9 @@ def excluded_spans(tree: ast.AST) -> Iterator[tuple[str, Span]]:
     for node in ast.walk(tree):
         if _targets(node) & {"variants", *names}:
             yield "settings of the conformance suite", _span(node)
+        for decorator in getattr(node, "decorator_list", []):
+            if ast.unparse(decorator) == "triton.jit":  # a helper that is no kernel is called all the same without
+                yield "reached on CUDA only", ((decorator.lineno, 0), (decorator.end_lineno + 1, 0))
         for rule, nodes in _RULES.items():
             yield from ((rule, _span(part)) for part in nodes(node) if part is not None)
 

@@ -92,12 +92,17 @@ def test_an_export_takes_the_portable_forms_unless_another_is_named(monkeypatch)
     assert packed.name == "chunked"  # the portable one has no packing
 
 
-def test_the_portable_forms_are_marked_and_no_compiled_ones():
-    from seqzoo.kernels import prob_sparse, vq_attention  # noqa: F401 - so that every operation above is registered
-
+def test_the_forms_that_an_export_takes():
+    dispatch.backends()  # imports every operation
     marked = {(op, name) for op, known in dispatch._BACKENDS.items() for name, b in known.items() if b.portable}
-    assert marked >= {(op, name) for op, known in dispatch._BACKENDS.items() for name in known if name == "portable"}
-    assert not marked & {(op, name) for op in dispatch._BACKENDS for name in ("triton", "compiled", "flash")}
+    plain = {
+        ("agent_attention_plain", "sdpa"),
+        *((op, "naive") for op in ("block_sparse", "short_conv", "vq_attention")),
+    }
+    assert marked - plain == {
+        (op, name) for op, known in dispatch._BACKENDS.items() for name in known if name == "portable"
+    }
+    assert plain < marked and len(marked) == 13
 
 
 def test_delayed_keeps_the_length():
