@@ -6,7 +6,8 @@ Every model of the registry (by default the smallest of each family; `--sizes ti
 weights, float32, one thread. "fixed": the length of `example_inputs`; "any": `length="dynamic"`, run at the lengths
 below with 1 and 3 rows; "ONNX": the same in onnxruntime, with a free length where the model has one. The figure is the
 largest absolute difference of the outputs from those of the model; what is refused is listed below the table with its
-reason. Rows are written as they come: an interrupted run goes on. Writes benchmarks/results/export.json and .md.
+reason. Rows are written as they come: an interrupted run goes on; --models measures some anew. Writes
+benchmarks/results/export.json and .md.
 """
 
 from __future__ import annotations
@@ -124,13 +125,14 @@ def main() -> None:
     ]
     ways = [way for way in WAYS if way != "onnx" or not given.no_onnx]
     rows = {row["model"]: row for row in earlier_rows("export", SETTINGS)}
-    for name in wanted:
+    command = "python benchmarks/export_table.py --sizes tiny small base"
+    for name in wanted if given.models else [n for n in wanted if n not in rows]:
         model = build(name)
         row: dict[str, Any] = {"model": name, "mixers": list(model_info(name).mixers)}
         row |= {way: attempt(way, model) for way in ways}
         rows[name] = {**rows.get(name, {}), **row}
         known = [rows[n] for n in list_models() if n in rows]
-        write_result("export", {"settings": SETTINGS, "rows": known, "command": "python benchmarks/export_table.py"})
+        write_result("export", {"settings": SETTINGS, "rows": known, "command": command})
         (RESULTS / "export.md").write_text(page(known), encoding="utf-8")
         print(name, *(f"{way}: {cell(row[way])}" for way in ways), flush=True)
 
