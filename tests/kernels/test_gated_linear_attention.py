@@ -517,3 +517,14 @@ def test_refusals(change, message):
     q, k, v, g = (torch.zeros(t) if isinstance(t, tuple) else t for t in map(arguments.pop, "qkvg"))
     with pytest.raises(ValueError, match=message):
         gated_linear_attention(q, k, v, g, **arguments)
+
+
+@pytest.mark.parametrize("form", ["head", "key"])
+def test_what_follows_comes_through_the_padding_as_it_is(form):
+    """Both directions: the state from behind meets the last real token first, whatever the row is filled up with."""
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    q, k, v, behind = draw(2, 6, 2, 3), draw(2, 6, 2, 3), draw(2, 6, 2, 4), draw(2, 2, 3, 4)
+    g = -draw(2, 6, 2, *([3] if form == "key" else [])).exp()
+    got = bidirectional_gated_linear_attention(q, k, v, g, lengths=torch.tensor([4, 4]), behind=behind)
+    want = bidirectional_gated_linear_attention(*(t[:, :4] for t in (q, k, v, g)), behind=behind)
+    torch.testing.assert_close(got[:, :4], want, rtol=1e-12, atol=1e-12)
