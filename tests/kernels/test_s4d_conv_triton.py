@@ -107,6 +107,10 @@ def test_the_final_state_where_a_piece_begins(monkeypatch):
     compare((2, 520, 1, 2), lengths=[520, 0])
 
 
+def test_final_states_of_rows_of_unequal_lengths():
+    compare((2, 70, 1, 2), lengths=[33, 70])
+
+
 @pytest.mark.parametrize(("length", "number"), [(70, 2), (1030, 2), (520, 1)])
 def test_both_directions(length, number, monkeypatch):
     pieces(monkeypatch, number)
