@@ -35,6 +35,8 @@ from _runs import RESULTS, ROOT, earlier_rows, write_result
 
 EQUIVALENT = ROOT / "benchmarks" / "mutation_equivalent.toml"
 GROUPS = ("kernels, PyTorch", "kernels, Triton", "mixers")
+# Tests that read what was made at import, signatures and registered backends: they reach no line of it.
+READERS = {"blocks": "tests/blocks/test_registry.py::", "kernels": "tests/kernels/test_portable.py::test_the_forms"}
 HEADER = (
     "| | places | mutants | killed | by a limit | survive | equivalent | share | 95 % interval |\n"
     "|---|---|---|---|---|---|---|---|---|"
@@ -75,9 +77,8 @@ def stages(reach: Reach, copy: Path, place: Place, others: float) -> Iterator[di
     known = reach.tests(source, place.path, statement(source.read_text(encoding="utf-8"), place.line))
     if not known:  # not reached, or not seen to be: in a compiled graph, say
         known = {test: seconds for test, seconds in reach.every().items() if own(place.path, test)}
-    if place.path.startswith("blocks"):  # what reads a signature reaches no line
-        registry = "tests/blocks/test_registry.py::"
-        known |= {test: seconds for test, seconds in reach.every().items() if test.startswith(registry)}
+    readers = READERS[place.path.split("/")[0]]
+    known |= {test: seconds for test, seconds in reach.every().items() if test.startswith(readers)}
     fastest = dict(sorted(known.items(), key=lambda item: (round(item[1], 2), item[0])))
     for mine, limit in ((True, 4 * others), (False, others)):
         chosen, spent = {}, 0.0
@@ -110,7 +111,8 @@ def judge(copy: Path, reach: Reach, place: Place, others: float, change: bool = 
         return None
     mutated, before, after = made
     row = {"key": place.key, "path": place.path, "line": place.line, "before": before, "after": after}
-    row |= {"group": group(place.path, source), "outcome": "survived", "by": "", "tests": 0}
+    row |= {"group": group(place.path, source), "outcome": "survived"}
+    row["tests"] = ran = {"run": 0, "failed": ""}
     met = list(stages(reach, copy, place, others))
     try:
         path.write_text(mutated if change else source, encoding="utf-8")
@@ -118,13 +120,13 @@ def judge(copy: Path, reach: Reach, place: Place, others: float, change: bool = 
             if not tests:
                 continue
             got = attempt(copy, tests, place.path.endswith("compiled.py"))
-            row["tests"] += got.get("ran", 0)
+            ran["run"] += got.get("ran", 0)
             if got["code"] == 0:
                 continue
             if got["code"] in (3, 5):
                 raise RuntimeError(f"pytest ends with {got} on {place}, see {copy}.log")
             row["outcome"] = "timeout" if got["code"] == "timeout" else "killed"
-            row["by"] = got["code"] if isinstance(got["code"], str) else (got["failed"] or ["import"])[0]
+            ran["failed"] = got["code"] if isinstance(got["code"], str) else (got["failed"] or ["import"])[0]
             break
     finally:
         path.write_text(source, encoding="utf-8")
