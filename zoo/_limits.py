@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -72,7 +74,14 @@ def _bytes(made: Any) -> int:
 
 
 def _bytes_of(func: Any, args: Any, kwargs: Any) -> int:
-    """What an operation would make, found on the meta device; 0 where that cannot be known."""
+    """What an operation would make, found on the meta device; 0 where that cannot be known.
+
+    An elementwise one makes what its tensors broadcast to: the meta form of some imports the compiler too."""
+    if torch.Tag.pointwise in func.tags:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        sizes = [reversed(t.shape) for t in given]
+        number = math.prod(max(axis) for axis in zip_longest(*sizes, fillvalue=1))
+        return number * max((t.element_size() for t in given), default=0)
     args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, dict(kwargs)))
     if any(argument.name == "device" for argument in func._schema.arguments):
         kwargs["device"] = torch.device("meta")
