@@ -147,8 +147,8 @@ class SeqzooProgress(ProgressBar):
 
     def _step(self, batch: Any, done: int, total: float) -> None:
         self.rate.unit = "tokens" if isinstance(batch, dict) and "tokens" in batch else "samples"
-        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
-        same = self.trainer.training and getattr(sampler, "shared", False)
+        sampler = getattr(getattr(self.trainer, "train_dataloader", None), "sampler", None)
+        same = getattr(sampler, "shared", False) and self.trainer.training
         self.rate.add(batch_size_of(batch) * (1 if same else self.trainer.world_size))
         if self.enabled:
             self.advance(done, total)

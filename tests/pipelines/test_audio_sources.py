@@ -442,7 +442,8 @@ def test_bad_files_are_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert bad.causes == {"empty": 1, "not audio": 1}
     assert bad.report() == "2 of 40 audio files were skipped: 1 empty, 1 not audio"
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 2 and said[0] == f"skipped: {clips[0].name} is empty (0 bytes)"
+    way_out = "copy or record it again; read are WAV, FLAC, OGG, MP3, AIFF"
+    assert len(said) == 2 and said[0] == f"skipped: {clips[0].name} is empty (0 bytes): {way_out}"
     with pytest.raises(AudioError, match=r"00\.wav is empty"):  # an evaluation leaves nothing out
         checked_clips(clips)
 

@@ -144,7 +144,10 @@ def started(saved: dict[str, Any] | None, *, ranks: int, rows: int) -> None:
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
         train_dataloader=SimpleNamespace(sampler=sampler), global_rank=0, world_size=ranks
     )
-    with mock.patch("seqzoo.pipelines.ranks.num_ranks", return_value=ranks):
+    with (
+        mock.patch("seqzoo.pipelines.ranks.num_ranks", return_value=ranks),
+        mock.patch("seqzoo.pipelines.loading._process", return_value=(0, ranks)),
+    ):
         module.start_ranks(saved)
 
 
