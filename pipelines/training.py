@@ -24,6 +24,7 @@ from .ranks import RankedModule
 from .resume import RUN_STATE, load_run_state, save_run_state
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
+_OURS = ("params", "module", "fused", "scales")  # arguments of optimizers that no config gives
 SCHEDULERS = ("none", "cosine", "wsd", "informer")
 
 
@@ -42,26 +43,28 @@ def create_optimizer(module: nn.Module, options: dict[str, Any], *, fused: bool 
     if layer_decay is not None:
         with _option_errors():
             scales = layer_scales(module, layer_decay)
-    if name == "muon":
-        return create_muon(module, **{**options, "betas": tuple(options["betas"])}, fused=fused, scales=scales)
-    groups = parameter_groups(
-        module, lr=options.pop("lr"), weight_decay=options.pop("weight_decay", 0.0), scales=scales
-    )
     classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
+        "muon": create_muon,
         "sgd": torch.optim.SGD,
     }
     if name not in classes:
         raise UserError(f"unknown optimizer {name!r}.{did_you_mean(name, OPTIMIZERS)}")
-    known = inspect.signature(classes[name]).parameters
-    for option in options.keys() - known.keys():
-        raise UserError(
-            f"optimizer {name!r} has no option {option!r}, which may be of the experiment's own optimizer: "
-            f"~optimizer.{option} takes it out.{did_you_mean(option, [*known])}"
-        )
+    known = [key for key in inspect.signature(classes[name]).parameters if key not in _OURS]
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"optimizer {name!r} has no option {option!r}, which may be of the experiment's own optimizer: "
+                f"~optimizer.{option} takes it out.{did_you_mean(option, known)}"
+            )
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
+    if name == "muon":
+        return create_muon(module, **options, fused=fused, scales=scales)
+    groups = parameter_groups(
+        module, lr=options.pop("lr"), weight_decay=options.pop("weight_decay", 0.0), scales=scales
+    )
     return classes[name](groups, fused=fused, **options)
 
 

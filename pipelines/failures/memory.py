@@ -201,6 +201,8 @@ def _ways_out(cfg: Mapping[str, Any], step: Step | None, *, training: bool) -> l
     length = next((k for k in ("seq_len", "max_len", "window", "frames", "seconds") if _number(data.get(k))), None)
     if length is not None:
         ways.append(f"a shorter data.{length}, {data[length] // 2 or data[length] / 2} say")
+        if training and task.get("name") == "text" and trainer.get("strategy") != "context_parallel":
+            ways.append("several devices that share each row: trainer=context_parallel data.whole_rows=true")
     mixer = (cfg.get("model") or {}).get("mixer")
     if isinstance(mixer, Mapping) and mixer.get("name") == "softmax":
         ways.append("another mixer, whose memory grows with the length at most: mixer=mamba2 or mixer=gla")

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import Setup, build, setups, state_shapes, tensor
+from mixer_strategies import Setup, build, setups, tensor
 
 from examples import forall
 from seqzoo.blocks.registry import list_mixers
+from seqzoo.blocks.testing.streaming import shapes
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,12 @@ def test_a_state_of_another_build_is_refused(name: str) -> None:
 
     def holds(case: tuple[Setup, Setup]) -> None:
         mine, other = (build(setup) for setup in case)
-        state, own = other.init_state(2), state_shapes(mine.init_state(2))
-        fits = len(state_shapes(state)) == len(own) and all(
+        state, own = other.init_state(2), shapes(mine.init_state(2))
+        fits = len(shapes(state)) == len(own) and all(
             theirs == ours or (len(theirs) == len(ours) and ours[1:2] == (0,) and theirs[2:] == ours[2:])
-            for theirs, ours in zip(state_shapes(state), own, strict=True)
+            for theirs, ours in zip(shapes(state), own, strict=True)
         )
-        if state_shapes(state) == own:
+        if shapes(state) == own:
             mine(tensor(2, 3, mine.dim, seed=1), state=state)
             return
         # an axis that is empty at first may grow, as a cache's, or be of a convolution of one tap

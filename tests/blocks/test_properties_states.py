@@ -11,24 +11,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from mixer_strategies import (
-    FILLERS,
-    Setup,
-    build,
-    close,
-    gradients,
-    lengths,
-    mask_of,
-    masks,
-    setups,
-    state_shapes,
-    tensor,
-)
+from mixer_strategies import FILLERS, Setup, build, close, gradients, lengths, mask_of, masks, setups, tensor
 from torch import Tensor
 
 from examples import forall
 from seqzoo.blocks.protocol import ChunkSummary, Mixer, State, map_state, reset_rows, select_rows, state_elements
 from seqzoo.blocks.registry import list_mixers, mixer_info
+from seqzoo.blocks.testing.streaming import shapes
 
 STREAMING = list_mixers(streaming=True)
 
@@ -121,7 +110,7 @@ def run(mixer: Mixer, case: Stream) -> tuple[list[History], State]:
             continue
         if isinstance(step, Reset):
             fresh = mixer.init_state(len(rows), max_len=slots(case) if case.bounded else None)
-            if state_shapes(fresh) != state_shapes(state):
+            if shapes(fresh) != shapes(state):
                 continue  # a cache that grows has other slots: no rows are reset in it
             state = reset_rows(state, torch.tensor(step.rows), fresh)
             rows = [History() if again else row for row, again in zip(rows, step.rows, strict=True)]

@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seqzoo.blocks.protocol import Mixer, State, map_state, pattern_name
+from seqzoo.blocks.protocol import Mixer, pattern_name
 from seqzoo.blocks.registry import create_mixer, mixer_info
 from seqzoo.blocks.testing import find_subjects
 from seqzoo.blocks.testing.subject import EQUAL64, error
@@ -227,15 +227,3 @@ def gradients(objective: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     if not objective.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     return list(torch.autograd.grad(objective, leaves, allow_unused=True, materialize_grads=True))
-
-
-def state_shapes(state: State) -> list[torch.Size]:
-    """Of its tensors, in order."""
-    found: list[torch.Size] = []
-
-    def note(part: Tensor) -> Tensor:
-        found.append(part.shape)
-        return part
-
-    map_state(note, state)
-    return found

@@ -189,9 +189,10 @@ def test_trainer_keys_are_those_of_the_trainer() -> None:
     assert set(composed()["trainer"]) - {"compile"} <= known
 
 
-def test_an_option_of_another_optimizer_is_said() -> None:
-    options = {**composed("optimizer=sgd")["optimizer"], "adam_lr": 0.1}
-    with pytest.raises(UserError, match=r"'sgd' has no option 'adam_lr'.*~optimizer\.adam_lr takes it out"):
+@pytest.mark.parametrize(("name", "option"), [("sgd", "adam_lr"), ("muon", "nesterov"), ("adamw", "params")])
+def test_an_option_of_another_optimizer_is_said(name: str, option: str) -> None:
+    options = {**composed(f"optimizer={name}")["optimizer"], option: 0.1}
+    with pytest.raises(UserError, match=rf"'{name}' has no option '{option}'.*~optimizer\.{option} takes it out"):
         create_optimizer(Backbone(8, 1), options)
 
 

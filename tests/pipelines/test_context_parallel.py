@@ -116,7 +116,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_processes_that_share_them() -> 
         module = RankedModule()
         sampler = IndexSampler(40, rows, shuffle=True, shared=True)
         loader = SimpleNamespace(sampler=sampler)
-        module._trainer = SimpleNamespace(train_dataloader=loader, global_rank=0, world_size=ranks)  # type: ignore
+        module._trainer = SimpleNamespace(train_dataloader=loader, global_rank=0, world_size=ranks)  # type: ignore[assignment]
         with mock.patch("seqzoo.pipelines.ranks.num_ranks", return_value=ranks):
             module.start_ranks({"number": 2, "rows": 4})
 
