@@ -249,7 +249,9 @@ def test_ways_out_that_are_left() -> None:
     text = explain_memory(MemoryError(), None, step, cfg)
     assert "(1) a shorter data.seq_len, 256 say; (2) another mixer" in text and "(3) a smaller model" in text
     cfg["task"] = {**cfg["task"], "name": "text"}
-    assert "(2) several devices that share each row: trainer=context_p" in explain_memory(MemoryError(), None, step, cfg)
+    assert "(2) several devices that share each row: trainer=context_p" in explain_memory(
+        MemoryError(), None, step, cfg
+    )
     cfg["trainer"]["strategy"] = "context_parallel"
     assert "share each row" not in explain_memory(MemoryError(), None, step, cfg)
     text = explain_memory(MemoryError(), None, Step("test", {"x": torch.ones(1, 3)}, 0), CFG)
