@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..lse import attention_with_lse, merge_lse
 from .band import band_attention
 from .window import MIN_BLOCK, blocked_attention
+
+_MASK = 1 << 22  # scores, above which no mask of them all is made where two parts do without
 
 
 def softmax_sdpa(
@@ -30,6 +33,11 @@ def softmax_sdpa(
         return _windowed(q, k, v, mask, window[0], 0 if causal else window[1], scale, drop)
     length, source, heads, kv_heads = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     width = v.shape[-1]
+    if causal and mask is None and bias is None and drop == 0 and _is_long(q, k, v):
+        # The earlier keys, which every query sees, and the square of the last ones, each without a mask.
+        earlier, own = ([t[:, part] for t in (k, v)] for part in (slice(source - length), slice(source - length, None)))
+        parts = [attention_with_lse(q, *own, causal=True, scale=scale), attention_with_lse(q, *earlier, scale=scale)]
+        return merge_lse(parts)[0]
     if causal and (mask is not None or bias is not None or length != source):
         # SDPA's own causal mode excludes a mask and aligns the first query, not the last, with the first key.
         order = torch.ones(length, source, dtype=torch.bool, device=q.device).tril(source - length)
@@ -70,6 +78,13 @@ def softmax_sdpa(
     if seeing is not None:
         y = y.masked_fill(~seeing, 0.0)
     return y.transpose(1, 2)[..., :width]
+
+
+def _is_long(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether more keys than queries, on a CPU, make a mask that costs more than the attention."""
+    if q.device.type != "cpu" or torch.compiler.is_exporting() or v.shape[3] > q.shape[3]:
+        return False
+    return 1 < q.shape[1] < k.shape[1] and q.shape[1] * k.shape[1] > _MASK
 
 
 def _windowed(

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqzoo.kernels.softmax import Sinks, softmax_attention, window_attention
+from seqzoo.kernels.softmax import sdpa as sdpa_module
 from seqzoo.kernels.softmax import window as window_module
 
 F64 = torch.float64
@@ -195,6 +196,28 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return out
+
+
+@pytest.mark.parametrize(("num_heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("length", "source"), [(2, 3), (3, 8), (5, 40), (7, 8)])
+def test_the_last_of_many_queries_in_two_parts(num_heads, kv_heads, length, source, monkeypatch):
+    monkeypatch.setattr(sdpa_module, "_MASK", 0)
+    q, k, v = inputs = heads((2, length, num_heads, 6), (2, source, kv_heads, 6), (2, source, kv_heads, 5))
+    seen = torch.ones(2, length, source, dtype=torch.bool).tril(source - length)
+    got = with_gradients(softmax_attention(q, k, v, causal=True, backend="sdpa"), inputs)
+    assert_same(got, with_gradients(by_hand(q, k, v, seen), inputs))
+
+
+def test_the_last_of_many_queries_make_no_tensor_of_all_scores(monkeypatch):
+    """As on a process that holds the end of a long row."""
+    inputs = heads((1, 2048, 1, 8), *[(1, 6144, 1, 8)] * 2, dtype=torch.float32)
+    with Largest() as noted:
+        softmax_attention(*inputs, causal=True).sum().backward()
+    assert noted.elements <= 6144 * 2 * 16
+    monkeypatch.setattr(sdpa_module, "_MASK", 1 << 40)  # the control
+    with Largest() as dense:
+        softmax_attention(*inputs, causal=True)
+    assert dense.elements >= 2048 * 6144
 
 
 @pytest.mark.parametrize("causal", [True, False])
